@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all their own set-up.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test lint format bench test-k8s clean
+
+help:
+	@echo "make demo      the whole way on handwritten digits, on this machine alone"
+	@echo "make test      lint, type check, all tests (they start their own servers)"
+	@echo "make lint      lint and type check"
+	@echo "make format    rewrite the sources as the linter wants them"
+	@echo "make bench     speed, as ratios to a named peer or limit"
+	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
+	@echo "make clean     stop the local stack and remove what was made here"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@sh infra/local/make_venv.sh $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: install
+	@$(BIN)/ddpm demo
+
+test: lint
+	@$(BIN)/python -m pytest -m "not k8s"
+
+lint: install
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: install
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: install
+	@$(BIN)/python -m tests.bench
+
+test-k8s: install
+	@$(BIN)/python -m pytest -m k8s
+
+clean:
+	@if [ -x $(BIN)/ddpm ]; then $(BIN)/ddpm down --discard; fi
+	rm -rf $(VENV) .ddpm demo-results build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

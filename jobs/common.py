@@ -1,0 +1,129 @@
+"""What several commands share: the configuration's arguments, the local stack's environment, the cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.local import find
+from pipelines.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+
+# variables that say together where something is and who asks; from two sources they would not fit each other
+_GROUPS = (
+    (
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_PROFILE",
+    ),
+    ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"),
+    ("MLFLOW_TRACKING_URI",),
+)
+
+
+def state_dir() -> Path:
+    """The folder of the local stack."""
+    return Path(os.environ.get("DDPM_STATE", ".ddpm")).expanduser().absolute()
+
+
+def use_local_stack(*, force: bool = False) -> None:
+    """Take from a running local stack what the environment does not say; with `force`, all of it."""
+    stack = find(state_dir())
+    if stack is None:
+        return
+    offered = stack.environment()
+    if force:
+        for group in _GROUPS:
+            for name in group:
+                os.environ.pop(name, None)
+    for group in _GROUPS:
+        if any(name in os.environ for name in group):
+            for name in group:
+                offered.pop(name, None)
+    os.environ.update({name: value for name, value in offered.items() if name not in os.environ})
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.yaml",
+        help="the configuration; digits.yaml and cifar10.yaml come with the program",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override a setting; may be repeated",
+    )
+
+
+def add_place_arguments(parser: argparse.ArgumentParser) -> None:
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--local", action="store_true", help="in this process, without Ray: for a debugger")
+    place.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="the Ray cluster (default: RAY_ADDRESS, or the local stack)",
+    )
+
+
+def add_dashboard_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="http://HOST:PORT",
+        help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or the local stack)",
+    )
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    from pipelines.config import load_config
+
+    return load_config(arguments.config, arguments.overrides)
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """Connected to the Ray cluster at an address, or at RAY_ADDRESS; raises `UserError` if none answers."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise UserError(
+            "no Ray cluster: start the local stack with `ddpm up`, name one with --address HOST:PORT, "
+            "or use --local"
+        )
+    if address != "auto":
+        check_listening(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=True, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"Ray cluster {address}: {one_line(error)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_listening(address: str, timeout_s: float = 5) -> None:
+    """Raise a `UserError` unless something listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--address {address}: must be HOST:PORT of a Ray cluster's head")
+    try:
+        socket.create_connection((host, int(port)), timeout_s).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"Ray cluster {address}: does not answer ({one_line(error)})") from None

@@ -1,0 +1,78 @@
+"""`ddpm submit`."""
+
+from __future__ import annotations
+
+import argparse
+
+from jobs import common, submission
+from pipelines.errors import UserError
+
+JOBS = ("prepare", "train", "tune", "sample", "evaluate")
+
+DESCRIPTION = """\
+Run a job on a Ray cluster through its Jobs API.  The configuration and this program's own code travel along;
+endpoints and credentials do not: the cluster has its own.
+
+Submitting is safe to repeat: while the same job of the same run is under way, it is attached to, and after
+that the next attempt goes on from the last commit.  Ctrl-C leaves the job running.
+"""
+
+EPILOG = """\
+examples:
+  ddpm submit train --config digits.yaml
+  ddpm submit train --config my.yaml --set workers.num=16 --address http://head:8265 --no-wait
+  ddpm submit sample --config my.yaml --set sample.count=50000
+
+beside it: ddpm list, ddpm status ID, ddpm logs ID --follow, ddpm stop ID.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="of prepare: as the cluster sees it")
+    common.add_config_arguments(parser)
+    common.add_dashboard_argument(parser)
+    parser.add_argument("--no-wait", action="store_true", help="submit and return; do not follow its log")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    common.use_local_stack()
+    config = common.config_of(arguments)
+    if (arguments.job == "prepare") != (arguments.source is not None):
+        raise UserError(
+            "submit prepare: SOURCE is missing"
+            if arguments.job == "prepare"
+            else f"submit {arguments.job}: takes no SOURCE, got {arguments.source!r}"
+        )
+    from pipelines.config import digest
+
+    # the whole configuration is in the name: another one is another job, the same one is attached to
+    identity = digest(config.model_dump(mode="json"))[:10]
+    outcome = submission.submit(
+        arguments.job,
+        [arguments.source] if arguments.source else [],
+        config.to_yaml(),
+        address=arguments.address,
+        run=f"{config.name}-{identity}",
+        wait=not arguments.no_wait,
+    )
+    if outcome.detached or arguments.no_wait:
+        return 0
+    job = outcome.job
+    if job.status != "SUCCEEDED":
+        raise submission_failed(job)
+    print(f"{job.submission_id} succeeded")
+    return 0
+
+
+class JobFailed(UserError):
+    """A submitted job ended otherwise than well; its message is its own last line."""
+
+    exit_code = 1
+
+
+def submission_failed(job: submission.JobStatus) -> JobFailed:
+    return JobFailed(
+        f"{job.submission_id} {job.status.lower()}: {job.message}; `ddpm logs {job.submission_id}`"
+    )

@@ -1,0 +1,82 @@
+"""`ddpm train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from jobs import common
+
+DESCRIPTION = """\
+Train the model of a configuration on its data set (Algorithm 1), with the moving average of its weights.
+
+Checkpoints go to STORAGE/runs/NAME-ID/checkpoints/, where ID is a hash of everything the result depends on.
+The same command goes on from the newest of them, on any number of workers; more train.steps train further.
+Loss, gradient norm, learning rate, images/s, held-out bits/dim with its terms and a grid of samples go to
+MLFLOW_TRACKING_URI, if that is set.
+"""
+
+EPILOG = """\
+examples:
+  ddpm train --config digits.yaml --dry-run
+  ddpm train --config digits.yaml --set train.steps=2000 --set workers.num=4
+  ddpm train --config digits.yaml --local --set storage=./results
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    common.add_config_arguments(parser)
+    common.add_place_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print data, steps, memory and output prefix, and do nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    common.use_local_stack()
+    config = common.config_of(arguments)
+
+    from ddpm_core.schedules import Schedule
+    from pipelines.checkpoints import Checkpoints
+    from pipelines.plan import training_plan
+    from pipelines.train import claim, open_run
+
+    run = open_run(config)
+    if arguments.dry_run:
+        print(training_plan(run))
+        return 0
+    for warning in Schedule.from_config(config.schedule).warnings():
+        print(f"warning: {warning}")
+    steps = Checkpoints(run.storage).steps()
+    done = steps[-1] if steps else 0
+    if done >= config.train.steps:
+        print(f"run {run.name}: trained {done} steps already; {run.storage.uri}")
+        return 0
+    _check_tracking()
+    claim(run)
+    print(f"run {run.name}: step {done} → {config.train.steps}; {run.storage.uri}")
+    if arguments.local:
+        import torch
+
+        from pipelines.train import train
+        from pipelines.training import SingleWorker
+
+        train(run, SingleWorker(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    else:
+        with common.ray_cluster(arguments.address):
+            from pipelines.train_ray import fit
+
+            fit(config)
+    last = Checkpoints(run.storage).open(config.train.steps)
+    bound = last.commit.held_out
+    print(f"run {run.name}: trained {last.step} steps; held out {bound:.4f} bits/dim; {last.uri}")
+    return 0
+
+
+def _check_tracking() -> None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        from pipelines.adapters.mlflow import check_server
+
+        check_server(uri)

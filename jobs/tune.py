@@ -1,0 +1,102 @@
+"""`ddpm tune`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs import common
+
+if TYPE_CHECKING:
+    from pipelines.storage import Storage
+    from pipelines.tuning import Sweep
+
+DESCRIPTION = """\
+Sweep T and the β range with Ray Tune: short training runs, the bad ones stopped early (ASHA), ranked on
+held-out bits/dim, which means the same for every schedule (the training loss does not).
+
+β is drawn for T = 1000 and scaled by 1000/T.  The first trial has the configuration's own schedule.  The
+sweep goes to STORAGE/sweeps/NAME-ID/ and to MLflow, a nested run a trial.  Run again, a finished sweep is
+found done, and the trials of one that was stopped go on from their checkpoints.
+"""
+
+EPILOG = """\
+examples:
+  ddpm tune --config digits.yaml
+  ddpm tune --config my.yaml --set tune.num_trials=40 --set 'tune.num_timesteps=[500, 1000, 4000]'
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    common.add_config_arguments(parser)
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="the Ray cluster (default: RAY_ADDRESS, or the local stack)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    common.use_local_stack()
+    config = common.config_of(arguments)
+
+    from pipelines.plots import sweep_figure
+    from pipelines.tracking import Row, RunDescription, open_tracker
+    from pipelines.train import open_run
+    from pipelines.tuning import check_space, read_sweep, sweep_identity, sweep_storage, write_sweep
+
+    dataset = open_run(config).dataset
+    storage = sweep_storage(config, dataset.identity)
+    done = read_sweep(storage)
+    if done is not None:
+        print(f"sweep of {len(done.trials)} trials: done already; {storage.uri}")
+        return _report(done, storage)
+    for warning in check_space(config):
+        print(f"warning: {warning}")
+    identity = sweep_identity(config, dataset.identity)
+    print(f"sweep of {config.tune.num_trials} trials: {storage.uri}")
+    with common.ray_cluster(arguments.address):
+        from pipelines.tune_ray import run_sweep
+
+        name = storage.uri.rpartition("/")[2]
+        tracker = open_tracker(
+            os.environ.get("MLFLOW_TRACKING_URI"),
+            RunDescription(config.tracking.experiment, f"sweep {name}", identity),
+            storage,
+        )
+        failed = True
+        try:
+            trials = run_sweep(config, storage, tracker.run_id)
+            best = min(trials, key=lambda trial: trial.rank)
+            if best.bits_per_dim is not None:
+                sweep = write_sweep(storage, identity, trials)
+                with tempfile.TemporaryDirectory(prefix="ddpm-sweep-") as scratch:
+                    picture = Path(scratch) / "sweep.png"
+                    sweep_figure([trial.plotted() for trial in sweep.trials], picture)
+                    storage.put("sweep.png", picture.read_bytes())
+                tracker.artifact("sweep.png", storage.get("sweep.png"))
+                tracker.log([Row(best.step, {"held_out/total": best.bits_per_dim})])
+                failed = False
+        finally:
+            tracker.finish(failed=failed)
+    if failed:
+        errors = {trial.error for trial in trials if trial.error}
+        from pipelines.errors import UserError
+
+        raise UserError(f"every trial failed: {'; '.join(sorted(errors))}")
+    return _report(sweep, storage)
+
+
+def _report(sweep: Sweep, storage: Storage) -> int:
+    print(f"{'T':>6} {'β_1':>10} {'β_T':>10} {'steps':>7} {'bits/dim':>16}")
+    for trial in sweep.trials:
+        value = "—" if trial.bits_per_dim is None else f"{trial.bits_per_dim:.4f} ± {trial.stderr:.4f}"
+        note = {"completed": "", "stopped": "  stopped early", "failed": f"  failed: {trial.error}"}
+        print(
+            f"{trial.num_timesteps:>6} {trial.beta_start:>10.3g} {trial.beta_end:>10.3g} {trial.step:>7} "
+            f"{value:>16}{note[trial.status]}"
+        )
+    print(f"best: T = {sweep.trials[0].num_timesteps}; {storage.uri}/sweep.png")
+    return 0

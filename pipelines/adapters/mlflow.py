@@ -1,0 +1,189 @@
+"""MLflow by its client; the only file that imports it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# set before the import: at MLflow's defaults a server that is down blocks a call for minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException, RestException
+
+from pipelines.errors import UserError, one_line
+from pipelines.storage import ObjectMissing, Storage
+from pipelines.tracking import Row, RunDescription, flatten
+
+log = logging.getLogger(__name__)
+
+_RECORD = "mlflow.json"
+_METRICS_A_CALL = 1000
+_PARAMS_A_CALL = 100
+_PARAM_LENGTH = 6000
+# requests' errors are OSErrors
+_AWAY = (MlflowException, OSError)
+
+
+def check_server(uri: str, timeout_s: float = 5) -> None:
+    """Raise a `UserError` of one line unless an MLflow server answers at `uri` (databases are not asked)."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s) as answer:
+            healthy = answer.status == 200
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers there ({one_line(Exception(str(reason)))})"
+        ) from None
+    if not healthy:
+        raise UserError(f"MLFLOW_TRACKING_URI {uri}: the server there is not healthy")
+
+
+def open_mlflow_run(uri: str, description: RunDescription, run: Storage) -> MLflowTracker:
+    """Go on with the MLflow run recorded in the run's storage, or make one and record it."""
+    check_server(uri)
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        run_id = _recorded(client, run)
+        if run_id is None:
+            run_id = _create(client, description, run)
+        client.update_run(run_id, status="RUNNING")
+        for key, value in description.tags.items():
+            client.set_tag(run_id, key, value)
+        return MLflowTracker(client, run_id, description.name)
+    except _AWAY as error:
+        raise UserError(f"MLFLOW_TRACKING_URI {uri}: {one_line(error)}") from None
+
+
+def _recorded(client: MlflowClient, run: Storage) -> str | None:
+    try:
+        run_id = str(json.loads(run.get(_RECORD))["run_id"])
+    except ObjectMissing:
+        return None
+    try:
+        found = client.get_run(run_id)
+    except RestException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        found = None
+    if found is None or found.info.lifecycle_stage != "active":
+        log.warning("the MLflow run %s of this run was deleted there; a new one takes its place", run_id)
+        run.delete([_RECORD])
+        return None
+    return run_id
+
+
+def _create(client: MlflowClient, description: RunDescription, run: Storage) -> str:
+    experiment = client.get_experiment_by_name(description.experiment)
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"tracking.experiment: {description.experiment!r} is deleted in MLflow; restore it there"
+        )
+    experiment_id = (
+        experiment.experiment_id if experiment else _create_experiment(client, description.experiment)
+    )
+    tags = {"ddpm.run": description.name}
+    if description.parent_run_id:
+        tags["mlflow.parentRunId"] = description.parent_run_id
+    run_id = str(client.create_run(experiment_id, tags=tags, run_name=description.name).info.run_id)
+    if not run.put_if_absent(_RECORD, json.dumps({"run_id": run_id}).encode()):
+        client.delete_run(run_id)
+        return str(json.loads(run.get(_RECORD))["run_id"])
+    params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in flatten(description.params).items()]
+    for start in range(0, len(params), _PARAMS_A_CALL):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_A_CALL])
+    return run_id
+
+
+def _create_experiment(client: MlflowClient, name: str) -> str:
+    try:
+        return str(client.create_experiment(name))
+    except RestException:
+        # another run of the same experiment came first
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+class MLflowTracker:
+    """One MLflow run.  Not for several threads."""
+
+    def __init__(self, client: MlflowClient, run_id: str, name: str) -> None:
+        self._client = client
+        self._name = name
+        self.run_id = run_id
+        self._pending: list[Metric] = []
+        self._away_until = 0.0
+        self._pause_s = 1.0
+        # a resumed run computes again what it had already sent
+        known = client.get_run(run_id).data.metrics
+        self._sent = {key: max(m.step for m in client.get_metric_history(run_id, key)) for key in known}
+
+    def log(self, rows: Iterable[Row]) -> None:
+        now_ms = int(time.time() * 1000)
+        for row in rows:
+            for key, value in row.metrics.items():
+                if row.step > self._sent.get(key, -1):
+                    self._pending.append(Metric(key, float(value), now_ms, row.step))
+                    self._sent[key] = row.step
+        if time.monotonic() >= self._away_until:
+            self._flush()
+
+    def _flush(self) -> bool:
+        """Send what is pending; what the server did not take stays pending."""
+        while self._pending:
+            batch = self._pending[:_METRICS_A_CALL]
+            if not self._try("metrics", partial(self._client.log_batch, self.run_id, metrics=batch)):
+                return False
+            del self._pending[: len(batch)]
+        return True
+
+    def _try(self, what: str, call: Callable[[], Any]) -> bool:
+        try:
+            call()
+        except _AWAY as error:
+            log.warning("MLflow did not take %s of %s: %s", what, self._name, one_line(error, 160))
+            self._away_until = time.monotonic() + self._pause_s
+            self._pause_s = min(60.0, self._pause_s * 2)
+            return False
+        self._pause_s = 1.0
+        return True
+
+    def artifact(self, path: str, data: bytes) -> None:
+        folder, _, name = path.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+            file = Path(scratch) / name
+            file.write_bytes(data)
+            self._try(path, lambda: self._client.log_artifact(self.run_id, str(file), folder or None))
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._try(
+            "tags", lambda: self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in tags.items()])
+        )
+
+    def finish(self, *, failed: bool) -> None:
+        if not self._flush():
+            log.warning(
+                "%d metrics of %s did not reach MLflow; they stand in the run's history, and starting the "
+                "run again sends them",
+                len(self._pending),
+                self._name,
+            )
+        status = "FAILED" if failed else "FINISHED"
+        self._try("its end", lambda: self._client.set_terminated(self.run_id, status))

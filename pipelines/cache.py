@@ -1,0 +1,44 @@
+"""A least-recently-used cache that is bounded by what its values weigh, not by how many they are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class WeightedLRU(Generic[K, V]):
+    """Keeps values up to `max_bytes` in all, and up to `max_items` of them; the newest one always stays.
+
+    For one thread.
+    """
+
+    def __init__(self, max_bytes: int, max_items: int | None = None) -> None:
+        self._max_bytes = max_bytes
+        self._max_items = max_items
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, key: K, make: Callable[[], V], weigh: Callable[[V], int]) -> V:
+        """The value kept for `key`, or the one that `make()` gives now, weighing `weigh(value)` bytes."""
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key][0]
+        value = make()
+        weight = weigh(value)
+        self._items[key] = (value, weight)
+        self.num_bytes += weight
+        while len(self._items) > 1 and self._over():
+            _, (_, dropped) = self._items.popitem(last=False)
+            self.num_bytes -= dropped
+        return value
+
+    def _over(self) -> bool:
+        too_many = self._max_items is not None and len(self._items) > self._max_items
+        return too_many or self.num_bytes > self._max_bytes

@@ -1,0 +1,306 @@
+"""Checkpoints: safetensors and JSON under `checkpoints/step-000001000/`, with the commit record last.
+
+The objects are written first, under names that carry the attempt; then `commit.json`, by one conditional PUT,
+names them with size and SHA-256.  Readers start from commit records only, so a checkpoint is whole or not
+there, and of two writers of one step the first wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import uuid
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipelines.errors import UserError, one_line
+from pipelines.storage import ObjectMissing, Storage, open_storage
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+COMMIT = "commit.json"
+_STEP = re.compile(r"^step-(\d{9,})/commit\.json$")
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or of a format that this version does not read."""
+
+
+class ObjectRecord(BaseModel):
+    """One object of a commit: where, how large, and its SHA-256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    num_bytes: int
+    sha256: str
+
+
+class Commit(BaseModel):
+    """The commit record of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    kind: str = "ddpm-checkpoint"
+    step: int
+    seed: int
+    run: str
+    dataset: str
+    """Identity of the data set."""
+    objects: dict[str, ObjectRecord]
+    config: dict[str, Any]
+    """The resolved configuration that the step was taken under."""
+    metrics: dict[str, float]
+    versions: dict[str, str]
+
+    @property
+    def held_out(self) -> float | None:
+        """Held-out bits/dim of the averaged weights, where it was measured at this step."""
+        return self.metrics.get("held_out/total")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run is at a step: named groups of tensors (weights, ema, optimizer and what else registers)."""
+
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+
+
+class Checkpoint:
+    """A committed checkpoint in storage."""
+
+    def __init__(self, storage: Storage, commit: Commit) -> None:
+        self._storage = storage
+        self.commit = commit
+
+    @property
+    def uri(self) -> str:
+        return self._storage.uri
+
+    @property
+    def step(self) -> int:
+        return self.commit.step
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the hashes of its weights: what samples made from it depend on."""
+        parts = [f"{name}:{record.sha256}" for name, record in sorted(self.commit.objects.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        """The tensors of one group, checked by size and SHA-256; raises `CheckpointError`."""
+        record = self.commit.objects.get(group)
+        if record is None:
+            raise CheckpointError(f"{self.uri}: holds no {group!r}, only {', '.join(self.commit.objects)}")
+        return _tensors(read_checked(self._storage, record), f"{self.uri}/{record.key}")
+
+    def read_all(self) -> State:
+        return State(self.step, {group: self.read(group) for group in self.commit.objects})
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, run: Storage) -> None:
+        self._storage = run.child("checkpoints")
+
+    def steps(self) -> list[int]:
+        """Steps with a commit record, rising."""
+        found = (_STEP.match(info.key) for info in self._storage.list("step-"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def open(self, step: int) -> Checkpoint:
+        return open_checkpoint(self._storage.child(step_name(step)))
+
+    def save(self, state: State, record: dict[str, Any]) -> Checkpoint:
+        """Write the state and commit it; `record` holds the commit's other fields.
+
+        Returns the checkpoint that stands at this step: this one, or the one of another attempt that was
+        committed first, whose run is the same function of the same configuration.
+        """
+        storage = self._storage.child(step_name(state.step))
+        attempt = uuid.uuid4().hex[:12]
+        objects: dict[str, ObjectRecord] = {}
+        try:
+            for group, tensors in state.groups.items():
+                data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+                objects[group] = put_recorded(storage, f"{group}-{attempt}.safetensors", data)
+            commit = Commit(format_version=FORMAT_VERSION, step=state.step, objects=objects, **record)
+            record_bytes = commit.model_dump_json(indent=2).encode()
+            won = storage.put_if_absent(COMMIT, record_bytes)
+            if not won and (standing := _readable(storage)) is None:
+                # its objects are damaged or gone, which is why the run is here a second time
+                storage.put(COMMIT, record_bytes)
+                won = True
+        except BaseException:
+            _discard(storage, objects)
+            raise
+        if not won:
+            log.warning("%s was committed by another attempt first; that one stands", storage.uri)
+            _discard(storage, objects)
+            assert standing is not None
+            return standing
+        return Checkpoint(storage, commit)
+
+    def newest(self) -> State | None:
+        """The newest state that can be read whole, or None; a damaged one is passed over with a warning."""
+        for step in reversed(self.steps()):
+            try:
+                return self.open(step).read_all()
+            except CheckpointError as error:
+                log.warning("passed over a damaged checkpoint: %s", error)
+        return None
+
+    def commits(self) -> list[Commit]:
+        """The commit records, by rising step."""
+        return [self.open(step).commit for step in self.steps()]
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the `keep` newest checkpoints and the best one.
+
+        The commit record goes first, so that a reader never meets a commit without its objects; objects
+        without a commit, which killed attempts left below the newest step, go as well.
+        """
+        commits = self.commits()
+        if not commits:
+            return
+        kept = kept_steps([(commit.step, commit.held_out) for commit in commits], keep)
+        doomed = [commit.step for commit in commits if commit.step not in kept]
+        self._storage.delete(f"{step_name(step)}/{COMMIT}" for step in doomed)
+        named = {
+            f"{step_name(commit.step)}/{record.key}"
+            for commit in commits
+            if commit.step in kept
+            for record in commit.objects.values()
+        }
+        named |= {f"{step_name(step)}/{COMMIT}" for step in kept}
+        newest = step_name(max(kept))
+        self._storage.delete(
+            info.key
+            for info in self._storage.list("step-")
+            if info.key not in named and info.key.split("/")[0] < newest
+        )
+
+
+def kept_steps(commits: list[tuple[int, float | None]], keep: int) -> set[int]:
+    """The steps to keep of (step, held-out bits/dim): the `keep` newest and the best."""
+    newest = sorted(step for step, _ in commits)[-keep:]
+    measured = [(value, step) for step, value in commits if value is not None]
+    return {*newest, *([min(measured)[1]] if measured else [])}
+
+
+def select(run: Storage, which: str) -> Checkpoint:
+    """The checkpoint named by `which`: best, latest, or a step number.
+
+    Raises `CheckpointError` where the run has none.
+    """
+    checkpoints = Checkpoints(run)
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{run.uri}: no committed checkpoint here; train first (ddpm train)")
+    if which == "latest":
+        return checkpoints.open(steps[-1])
+    if which == "best":
+        measured = [
+            (commit.held_out, commit.step) for commit in checkpoints.commits() if commit.held_out is not None
+        ]
+        return checkpoints.open(min(measured)[1] if measured else steps[-1])
+    if which.isdecimal() and int(which) in steps:
+        return checkpoints.open(int(which))
+    raise CheckpointError(
+        f"checkpoint {which!r}: {run.uri} has steps {', '.join(map(str, steps))}; "
+        "give one of them, best, latest or a URI"
+    )
+
+
+def open_checkpoint(storage: Storage | str) -> Checkpoint:
+    """The checkpoint at a prefix; raises `CheckpointError` where there is none of this format."""
+    if isinstance(storage, str):
+        storage = open_storage(storage)
+    where = f"{storage.uri}/{COMMIT}"
+    try:
+        commit = read_record(storage, COMMIT, Commit, FORMAT_VERSION)
+    except ObjectMissing:
+        raise CheckpointError(f"{storage.uri}: no committed checkpoint here ({COMMIT} is missing)") from None
+    if commit.kind != "ddpm-checkpoint":
+        raise CheckpointError(f"{where}: is a {commit.kind!r}, not a checkpoint")
+    return Checkpoint(storage, commit)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def read_record(storage: Storage, key: str, model: type[Record], version: int) -> Record:
+    """A JSON record of one of our formats; an unknown version is refused with both versions named."""
+    where = f"{storage.uri}/{key}"
+    data = storage.get(key)
+    try:
+        values = json.loads(data)
+    except ValueError:
+        raise CheckpointError(f"{where}: is not JSON; the object is damaged") from None
+    found = values.get("format_version") if isinstance(values, dict) else None
+    if found != version:
+        raise CheckpointError(f"{where}: has format version {found}, this program reads {version}")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def put_recorded(storage: Storage, key: str, data: bytes) -> ObjectRecord:
+    """Write an object and return its record."""
+    storage.put(key, data)
+    return ObjectRecord(key=key, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_checked(storage: Storage, record: ObjectRecord) -> bytes:
+    """The object of a record, checked by size and SHA-256; raises `CheckpointError` naming it."""
+    where = f"{storage.uri}/{record.key}"
+    try:
+        data = storage.get(record.key)
+    except ObjectMissing:
+        raise CheckpointError(f"{where}: is named by its commit record and missing") from None
+    if len(data) != record.num_bytes:
+        raise CheckpointError(f"{where}: has {len(data)} bytes, its commit record says {record.num_bytes}")
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise CheckpointError(f"{where}: its SHA-256 differs from its commit record's")
+    return data
+
+
+def _readable(storage: Storage) -> Checkpoint | None:
+    """The checkpoint that stands at this prefix if all of it can be read."""
+    try:
+        checkpoint = open_checkpoint(storage)
+        checkpoint.read_all()
+    except CheckpointError:
+        return None
+    return checkpoint
+
+
+def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{where}: is not safetensors: {one_line(error)}") from None
+
+
+def _discard(storage: Storage, objects: dict[str, ObjectRecord]) -> None:
+    try:
+        storage.delete(record.key for record in objects.values())
+    except UserError as error:
+        log.warning("left uncommitted objects behind: %s", error)

@@ -1,0 +1,333 @@
+"""The one configuration of every job: what a run is, and where it runs, apart.
+
+*What* (data, schedule, model, objective, optimiser, EMA, batch, seed) is hashed and is the run's identity.
+*Where* (workers, storage, tracking) and *how long* (steps, how often to evaluate) are not: the same run may
+go on with more workers, on another cluster, for longer.  Endpoints and credentials are never here; they come
+from the environment alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ddpm_core.samplers import SamplerConfig
+from ddpm_core.schedules import ScheduleConfig
+from ddpm_core.unet import UNetConfig
+from pipelines.errors import UserError
+
+FORMAT_VERSION = 1
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """The images to learn from."""
+
+    uri: str
+    """Prefix of a prepared data set: s3://BUCKET/PREFIX, file:///FOLDER or a folder."""
+    flip: bool = False
+    """Mirror half of the images left to right (never digits or text)."""
+    cache_bytes: Annotated[int, Field(ge=2**20)] = 256 * 2**20
+    """Memory for shards, a worker."""
+
+
+class PrepareConfig(Section):
+    """How images become a data set (`ddpm prepare`)."""
+
+    image_size: Positive | None = None
+    """Height and width in pixels; none keeps the source's, which must then agree."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the images that is held out, by keyed hash."""
+    samples_per_shard: Positive = 1000
+    levels: Annotated[int, Field(ge=2, le=256)] | None = None
+    """Values a channel, which is how many bins the bound's decoder has; none takes the source's own."""
+
+
+class OptimizerConfig(Section):
+    """Adam, with linear warm-up and clipping of the gradient's norm."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    warmup_steps: Annotated[int, Field(ge=0)] = 5000
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+
+
+class EMAConfig(Section):
+    """The moving average of the weights, which is what samples and bounds are made with."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    warmup: bool = True
+    """Average over a shorter past at the start: the decay is at most (1 + step) / (10 + step)."""
+
+
+class TrainConfig(Section):
+    """The batch, how long to train, and how often to look."""
+
+    batch_size: Positive = 128
+    micro_batches: Positive = 4
+    """The global batch is always this many fixed parts; at most as many workers can share it."""
+    steps: Positive = 800_000
+    log_every: Positive = 50
+    eval_every: Positive = 5000
+    checkpoint_every: Positive = 5000
+    keep_checkpoints: Positive = 3
+    """The newest ones that stay; the best one always stays."""
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> TrainConfig:
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"micro_batches: must divide batch_size {self.batch_size}, got {self.micro_batches}"
+            )
+        return self
+
+
+class BoundConfig(Section):
+    """How the variational bound is estimated on held-out images."""
+
+    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    num_strata: Positive = 8
+    """Timesteps drawn an image, one from each of this many equal parts of 1..T−1."""
+    num_images: Positive = 1024
+    """Held-out images used while training; all are used by `ddpm evaluate`."""
+
+
+class SampleConfig(Section):
+    """A mass-generated set of images."""
+
+    count: Positive = 50_000
+    unit_size: Positive = 1000
+    """Images in one unit of work, which is one shard."""
+    batch_size: Positive = 250
+    """Images that go through the network at once; part of the set's identity."""
+    seed: int = 0
+    checkpoint: str = "best"
+    """best (lowest held-out bits/dim), latest, a step number, or the URI of a checkpoint."""
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> SampleConfig:
+        if self.unit_size % self.batch_size:
+            raise ValueError(f"batch_size: must divide unit_size {self.unit_size}, got {self.batch_size}")
+        return self
+
+
+class TuneConfig(Section):
+    """A sweep over the noise schedule, ranked on held-out bits/dim."""
+
+    num_timesteps: tuple[Positive, ...] = (250, 500, 1000)
+    """The values of T to try."""
+    beta_start: tuple[float, float] = (1e-4, 5e-3)
+    """Range of β_1 for T = 1000, drawn log-uniformly; scaled by 1000/T, so that the chain's end stays."""
+    beta_end: tuple[float, float] = (0.01, 0.03)
+    """Range of β_T, likewise."""
+    num_trials: Positive = 12
+    """The first one has the configuration's own schedule."""
+    max_concurrent: Positive = 2
+    workers: Positive = 1
+    """Training workers of a trial."""
+    steps: Positive = 20_000
+    """Training steps of a trial that is not stopped early."""
+    eval_every: Positive = 2000
+    grace_steps: Positive = 4000
+    """No trial is stopped before this many steps."""
+    reduction_factor: Annotated[float, Field(gt=1)] = 3
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ranges(self) -> TuneConfig:
+        for name in ("beta_start", "beta_end"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < 1:
+                raise ValueError(f"{name}: must be a range [low, high] in (0, 1), got [{low}, {high}]")
+        return self
+
+
+class WorkersConfig(Section):
+    """The workers of a job and what each takes of the cluster."""
+
+    num: Positive = 1
+    cpus: Annotated[float, Field(gt=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Worker failures after which the job gives up."""
+
+
+class TrackingConfig(Section):
+    """The MLflow experiment; its server is MLFLOW_TRACKING_URI, and with none nothing is tracked."""
+
+    experiment: str = "ddpm"
+
+
+class Config(Section):
+    """Everything a job needs to know."""
+
+    name: Name
+    seed: int = 0
+    data: DataConfig
+    prepare: PrepareConfig = PrepareConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    model: UNetConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    train: TrainConfig = TrainConfig()
+    bound: BoundConfig = BoundConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    sample: SampleConfig = SampleConfig()
+    tune: TuneConfig = TuneConfig()
+    workers: WorkersConfig = WorkersConfig()
+    storage: str = "results"
+    """Where runs/ and samples/ are written: s3://BUCKET/PREFIX, file:///FOLDER or a folder."""
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> Config:
+        if self.workers.num > self.train.micro_batches:
+            raise ValueError(
+                f"workers.num: must be at most train.micro_batches {self.train.micro_batches}, "
+                f"got {self.workers.num}; each worker takes whole micro-batches"
+            )
+        return self
+
+    def training_identity(self, dataset_identity: str) -> dict[str, Any]:
+        """What a training run is a function of, as plain values."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "seed": self.seed,
+            "dataset": dataset_identity,
+            "flip": self.data.flip,
+            "schedule": asdict(self.schedule),
+            "model": asdict(self.model),
+            "optimizer": self.optimizer.model_dump(mode="json"),
+            "ema": self.ema.model_dump(mode="json"),
+            "batch_size": self.train.batch_size,
+            "micro_batches": self.train.micro_batches,
+        }
+
+    def run_name(self, dataset_identity: str) -> str:
+        """`<name>-<id>`: the folder of the run under `runs/`."""
+        return f"{self.name}-{digest(self.training_identity(dataset_identity))[:10]}"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain values, independent of the order of keys."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration in a YAML file with `section.key=value` overrides, checked whole.
+
+    A path that is no file is looked up among the ready configurations that ship with the project, so
+    `digits.yaml` works from anywhere.  Raises `UserError` with one line that names the field.
+    """
+    file = Path(path)
+    if not file.is_file():
+        shipped = Path(__file__).resolve().parent.parent / "jobs" / "configs" / file.name
+        if file.name != str(path) or not shipped.is_file():
+            raise UserError(f"{path}: no such configuration file")
+        file = shipped
+    return parse_config(file.read_text(encoding="utf-8"), overrides, where=str(path))
+
+
+def parse_config(
+    text: str, overrides: list[str] | tuple[str, ...] = (), *, where: str = "configuration"
+) -> Config:
+    """As `load_config`, from the YAML text itself; `where` names it in errors."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{where}: must hold sections such as `data:` and `model:`, got {type(values).__name__}"
+        )
+    for override in overrides:
+        _apply(values, override)
+    return validated(Config, values, where)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], values: Any, where: str) -> Model:
+    """`values` as a `model`, or a `UserError` of one line that names the first wrong field."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error, model)}") from None
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    problems = error.errors()
+    problem = problems[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        message = f"no such setting{_suggestion(problem['loc'], model)}"
+    elif problem["type"] == "missing":
+        message = "is required and missing"
+    elif problem["type"] == "value_error":
+        # a check over several fields names its field itself
+        field = (
+            f"{field}.{message.split(':')[0]}" if field and ":" in message else field or message.split(":")[0]
+        )
+        message = message.partition(": ")[2] or message
+    else:
+        message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{field}: {message}{more}"
+
+
+def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    import difflib
+
+    names: list[str] = list(model.model_fields)
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or field.annotation is None:
+            return ""
+        section: Any = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            model, names = section, list(section.model_fields)
+        else:
+            names = list(getattr(section, "__dataclass_fields__", {}))
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override}: must be section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    *sections, key = path.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override}: {section} is a value, not a section")
+        values = inner
+    values[key] = value

@@ -1,0 +1,177 @@
+"""A prepared data set: its commit record `dataset.json`, and the shards that `shards.parquet` lists.
+
+PREFIX/train/shard-000000.tar, shard-000000.index.parquet, …     and the same under PREFIX/test/
+PREFIX/shards.parquet     a row a shard
+PREFIX/dataset.json       written last, once; it holds the hash of shards.parquet, which holds all others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.errors import UserError, one_line
+from pipelines.images import check_levels
+from pipelines.shards import read_parquet, sha256, to_parquet
+from pipelines.storage import ObjectMissing, Storage, open_storage
+
+FORMAT = "ddpm-dataset"
+VERSION = 1
+RECORD_KEY = "dataset.json"
+SHARDS_KEY = "shards.parquet"
+SPLITS = ("train", "test")
+
+
+class DataError(UserError):
+    """An object of a data set is missing, damaged, or not what the data set's record says it is."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a split: its two objects (keys below the data set's prefix), their hashes, and its size.
+
+    `num_bytes` and `sha256` are the tar's; `count` is its number of samples.
+    """
+
+    split: str
+    key: str
+    index_key: str
+    count: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+
+
+_SHARD_SCHEMA = pa.schema(
+    [(f.name, pa.int64() if f.name in ("count", "num_bytes") else pa.string()) for f in fields(Shard)]
+)
+
+
+def shards_to_parquet(shards: Iterable[Shard]) -> bytes:
+    rows = [vars(shard) for shard in shards]
+    return to_parquet(pa.Table.from_pylist(rows, schema=_SHARD_SCHEMA))
+
+
+def shards_from_parquet(data: bytes) -> list[Shard]:
+    """Raises `ValueError` with the reason if these bytes are no list of shards."""
+    return [Shard(**row) for row in read_parquet(data, _SHARD_SCHEMA).to_pylist()]
+
+
+def canonical_json(record: Mapping[str, Any]) -> bytes:
+    """One spelling for one content: keys sorted, no spaces, UTF-8."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`identity`: SHA-256 of the record's content, the same wherever the data set lies. `shape`: (C, H, W)
+    of every image. `levels`: values a channel. `classes`: their names, in the order of the labels (empty if
+    there are no labels). `splits`: the shards of "train" and of "test". `record`: all of dataset.json.
+    """
+
+    storage: Storage = field(compare=False, repr=False)
+    identity: str
+    shape: tuple[int, int, int]
+    levels: int
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[Shard, ...]] = field(compare=False, repr=False)
+    record: dict[str, Any] = field(compare=False, repr=False)
+
+    @staticmethod
+    def load(uri: str) -> Dataset:
+        """The data set at this prefix, its record and its list of shards checked; no shard is read.
+
+        Raises `DataError` if there is none, if it has another format version, or if the record and the list
+        do not belong together; `StorageError` if the storage cannot be read.
+        """
+        return load_from(open_storage(uri))
+
+    @property
+    def name(self) -> str:
+        return str(self.record["name"])
+
+    @property
+    def uri(self) -> str:
+        return self.storage.uri
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """Raises `DataError` if the data set has no such split."""
+        if split not in self.splits:
+            raise DataError(f"{self.uri}: has no split {split!r}, only {', '.join(sorted(self.splits))}")
+        return self.splits[split]
+
+    def count(self, split: str) -> int:
+        """How many samples the split holds."""
+        return sum(shard.count for shard in self.shards(split))
+
+
+def load_from(storage: Storage) -> Dataset:
+    """`Dataset.load` for a storage that is open already."""
+    where = f"{storage.uri}/{RECORD_KEY}"
+    try:
+        raw = storage.get(RECORD_KEY)
+    except ObjectMissing:
+        raise DataError(
+            f"{storage.uri}: there is no finished data set here (no {RECORD_KEY}): "
+            f"make one with `ddpm prepare SOURCE --out {storage.uri}`"
+        ) from None
+    try:
+        record = json.loads(raw)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+    except ValueError as error:
+        raise DataError(f"{where}: is not the record of a data set ({one_line(error, 120)})") from None
+    if record.get("version") != VERSION:
+        raise DataError(
+            f"{where}: has format version {record.get('version')!r}, and this program reads version {VERSION}"
+        )
+    try:
+        channels, height, width = (int(size) for size in record["shape"])
+        levels, classes = int(record["levels"]), tuple(str(name) for name in record["classes"])
+        check_levels(levels)
+        shards_sha256 = str(record["shards_sha256"])
+        counts = {split: int(record["splits"][split]["count"]) for split in record["splits"]}
+        str(record["name"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: is damaged (field {one_line(error, 120)})") from None
+    return Dataset(
+        storage=storage,
+        identity=hashlib.sha256(canonical_json(record)).hexdigest(),
+        shape=(channels, height, width),
+        levels=levels,
+        classes=classes,
+        splits=_load_shards(storage, shards_sha256, counts),
+        record=record,
+    )
+
+
+def _load_shards(storage: Storage, expected: str, counts: dict[str, int]) -> dict[str, tuple[Shard, ...]]:
+    where = f"{storage.uri}/{SHARDS_KEY}"
+    try:
+        raw = storage.get(SHARDS_KEY)
+    except ObjectMissing:
+        raise DataError(
+            f"{where}: is missing, though {RECORD_KEY} names it: prepare the data set again"
+        ) from None
+    found = sha256(raw)
+    if found != expected:
+        raise DataError(
+            f"{where}: has SHA-256 {found[:16]}…, and {RECORD_KEY} names {expected[:16]}…: "
+            "it is damaged or belongs to another data set"
+        )
+    try:
+        shards = shards_from_parquet(raw)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    splits = {split: tuple(shard for shard in shards if shard.split == split) for split in counts}
+    for split, count in counts.items():
+        listed = sum(shard.count for shard in splits[split])
+        if listed != count:
+            raise DataError(f"{where}: lists {listed} {split} samples, and {RECORD_KEY} says {count}")
+    return splits

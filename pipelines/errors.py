@@ -1,0 +1,15 @@
+"""What a user did wrong, as one line; everything else is a bug and keeps its traceback."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message names the field or object, its value, and what to do.
+
+    The command line prints the message alone and exits with code 2.  The message is the only argument, so
+    the error pickles and crosses process borders unchanged.
+    """
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The error's message folded to one line of at most `limit` characters, for use inside a `UserError`."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

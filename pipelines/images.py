@@ -1,0 +1,129 @@
+"""Pixels as stored bytes, as PNG files, and as the numbers that the model sees.
+
+An image has `levels` distinct values a channel (256 for ordinary 8-bit images, 17 for the digits). Level l
+is stored as the byte round(l·255/(levels−1)), so that every viewer shows it rightly, and the model sees it as
+−1 + 2·l/(levels−1): the data range of Ho et al. 2020, section 3.3, with bins of width 2/(levels−1).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# PNG's colour types for which Pillow gives the modes L and RGB, with the number of channels of each
+_CHANNELS_OF_COLOUR_TYPE = {0: 1, 2: 3}
+_HEADER_BYTES = 33
+
+
+def check_levels(levels: int) -> None:
+    """Raise `ValueError` unless an image of 8 bits can have this many levels."""
+    if not 2 <= levels <= 256:
+        raise ValueError(f"levels: must be 2..256, got {levels!r}")
+
+
+@lru_cache(maxsize=8)
+def _byte_of_level(levels: int) -> NDArray[np.uint8]:
+    check_levels(levels)
+    return np.rint(np.arange(levels) * 255.0 / (levels - 1)).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _level_of_byte(levels: int) -> NDArray[np.int64]:
+    check_levels(levels)
+    return np.rint(np.arange(256) * (levels - 1) / 255.0).astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def _value_of_byte(levels: int) -> torch.Tensor:
+    return torch.from_numpy((-1.0 + 2.0 * _level_of_byte(levels) / (levels - 1)).astype(np.float32))
+
+
+def to_model(images: torch.Tensor | NDArray[np.uint8], levels: int = 256) -> torch.Tensor:
+    """Stored bytes as the model sees them: byte → nearest level l → −1 + 2·l/(levels−1).
+
+    `images` is uint8 of any shape; the result is float32 of that shape in [−1, 1], on the same device. Each
+    value is the float32 nearest to the exact one (and is exact where levels−1 is a power of two).
+    Raises `ValueError` on another dtype or on levels outside 2..256.
+    """
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images: must be uint8, got {images.dtype}")
+    return _value_of_byte(levels).to(images.device)[images.to(torch.int32)]
+
+
+def to_uint8(x: torch.Tensor, levels: int = 256) -> torch.Tensor:
+    """The model's numbers as bytes to store: the nearest of the levels, l = round((x+1)·(levels−1)/2) clipped
+    to 0..levels−1, then the byte round(l·255/(levels−1)).
+
+    `x` is a floating tensor of any shape, meant to lie in [−1, 1]; the result is uint8 of that shape on the
+    same device. `to_uint8(to_model(b, levels), levels) == b` for every byte b that is one of the levels.
+    Raises `ValueError` if `x` is not floating or holds a NaN, which no byte can show.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x: must be floating, got {x.dtype}")
+    if bool(torch.isnan(x).any()):
+        raise ValueError("x: holds NaN, which is no pixel")
+    # half precision has fewer steps in [-1, 1] than an 8-bit image has levels
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    level = ((wide + 1.0) * ((levels - 1) / 2.0)).round().clamp(0, levels - 1).to(torch.int64)
+    return torch.from_numpy(_byte_of_level(levels)).to(x.device)[level]
+
+
+def quantise(pixels: NDArray[np.uint8], levels: int) -> NDArray[np.uint8]:
+    """Each byte replaced by the byte of its nearest level; the identity for 256 levels."""
+    return _byte_of_level(levels)[_level_of_byte(levels)[pixels]]
+
+
+def encode_png(image: NDArray[np.uint8] | torch.Tensor) -> bytes:
+    """The PNG file of one image, uint8 `[C, H, W]` with C = 1 (grey) or 3 (RGB).
+
+    The same pixels give the same bytes on one installation (another zlib may compress otherwise).
+    """
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"image: must be uint8 [1 or 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
+    picture = Image.fromarray(
+        np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    )
+    with io.BytesIO() as file:
+        picture.save(file, format="PNG")
+        return file.getvalue()
+
+
+def png_header(data: bytes) -> tuple[int, int, int, int]:
+    """(height, width, bit depth, colour type) of a PNG, from its header; `ValueError` if it is none."""
+    if len(data) < _HEADER_BYTES or not data.startswith(PNG_SIGNATURE) or data[12:16] != b"IHDR":
+        raise ValueError(f"{len(data)} bytes that are no PNG image")
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    return height, width, depth, colour
+
+
+def decode_png(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The pixels of a stored PNG as uint8 `[C, H, W]`, exactly Pillow's.
+
+    Raises `ValueError` with the reason unless it is one still 8-bit grey or RGB image of just this shape. The
+    header is compared first, so that a file that claims a huge size costs nothing.
+    """
+    height, width, depth, colour = png_header(data)
+    if depth != 8 or colour not in _CHANNELS_OF_COLOUR_TYPE:
+        raise ValueError(f"a PNG of bit depth {depth} and colour type {colour}, not 8-bit grey or RGB")
+    found = (_CHANNELS_OF_COLOUR_TYPE[colour], height, width)
+    if found != tuple(shape):
+        raise ValueError(f"an image of shape {list(found)}, not {list(shape)}")
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+            if getattr(picture, "is_animated", False):
+                raise ValueError("an animated PNG, not a still image")
+            pixels = np.asarray(picture)
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
+        raise ValueError(f"a broken PNG ({error})") from None
+    return pixels[None] if len(shape) == 3 and shape[0] == 1 else pixels.transpose(2, 0, 1)

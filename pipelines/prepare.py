@@ -1,0 +1,325 @@
+"""From images to a data set: plan, claim the prefix, write shard after shard, commit.
+
+Everything follows from (source, options), so whoever comes second, after a kill or at the same time, writes
+the same objects. `preparation.json`, put first and once, says for which source and options a prefix is taken;
+`dataset.json`, put last and once, makes the data set visible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.dataset import (
+    FORMAT,
+    RECORD_KEY,
+    SHARDS_KEY,
+    SPLITS,
+    VERSION,
+    Dataset,
+    Shard,
+    canonical_json,
+    load_from,
+    shards_to_parquet,
+)
+from pipelines.errors import UserError
+from pipelines.preprocess import Preprocessing, inspect
+from pipelines.shards import Sample, pack, parse_index, sha256
+from pipelines.sources import Entry, Source, open_source
+from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
+
+CLAIM_KEY = "preparation.json"
+DEFAULT_SAMPLES_PER_SHARD = 1024
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard that is to be: its split, the keys of its two objects, and its samples in order."""
+
+    split: str
+    key: str
+    index_key: str
+    entries: tuple[Entry, ...]
+
+
+def prepare(
+    source: str,
+    out: str,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    levels: int | None = None,
+    test_fraction: float = 0.1,
+    shard_count: int | None = None,
+    samples_per_shard: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Make the data set `out` from `source`, or finish it, or find it finished.
+
+    `source`: see `pipelines.sources.open_source`. `image_size`: side of the square to make of every image;
+    None keeps their size, which must then be one. `channels`: 1 or 3; None takes 3 if any image has colour.
+    `levels`: values a channel; None takes the source's own. A sample is held out as test where a hash of
+    (seed, key) falls below `test_fraction`. `shard_count` (of the train split; test shards are about as
+    large) or `samples_per_shard` (1,024 unless said), not both. `progress(done, total)` is called as samples
+    are done.
+
+    Raises `UserError` on a bad option, source or image, and where `out` holds a data set that was made
+    otherwise. On a bad image nothing of what was written stays.
+    """
+    _check_options(test_fraction, shard_count, samples_per_shard)
+    storage = open_storage(out)
+    found = open_source(source)
+    preprocessing = _preprocessing(found, image_size, channels, levels)
+    options = {
+        "source": found.kind,
+        "source_fingerprint": found.fingerprint,
+        **preprocessing.describe(),
+        "test_fraction": test_fraction,
+        "shard_count": shard_count,
+        "samples_per_shard": None if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD,
+        "seed": seed,
+    }
+    if (existing := _finished(storage, options)) is not None:
+        return existing
+    plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
+    _claim(storage, options)
+    try:
+        shards, shape = _write_shards(storage, plans, found, preprocessing, progress)
+    except StorageError:
+        raise  # what is written is right, and the next call goes on from it
+    except UserError:
+        _discard(storage, plans)
+        raise
+    _commit(storage, found, preprocessing, shape, options, shards)
+    dataset = _finished(storage, options)
+    assert dataset is not None
+    return dataset
+
+
+def plan_shards(
+    entries: Iterable[Entry],
+    seed: int,
+    test_fraction: float,
+    shard_count: int | None = None,
+    samples_per_shard: int | None = None,
+) -> list[ShardPlan]:
+    """Which sample goes where. A sample's split is decided by its own key alone, so that it stays when
+    others come and go; within a split samples lie in the order of a second hash, which mixes the classes
+    over the shards.
+
+    Raises `UserError` if a split would be empty, or would have more shards than samples.
+    """
+    members: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    for entry in entries:
+        held_out = keyed_hash(seed, "split", entry.key) < test_fraction * 2**64
+        members["test" if held_out else "train"].append(entry)
+    total = sum(len(chosen) for chosen in members.values())
+    for split, chosen in members.items():
+        if not chosen:
+            raise UserError(
+                f"test_fraction: {test_fraction} of {total} images leaves the {split} split empty: "
+                "change it, or give more images"
+            )
+    num_train = len(members["train"])
+    if shard_count is not None and shard_count > num_train:
+        raise UserError(f"shard_count: {shard_count} shards are more than the {num_train} train samples")
+    size = -(-num_train // shard_count) if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD
+    plans = []
+    for split, chosen in members.items():
+        chosen.sort(key=lambda entry: (keyed_hash(seed, "shard", entry.key), entry.key))
+        count = shard_count if shard_count and split == "train" else -(-len(chosen) // size)
+        for number in range(count):
+            piece = chosen[number * len(chosen) // count : (number + 1) * len(chosen) // count]
+            stem = f"{split}/shard-{number:06d}"
+            plans.append(ShardPlan(split, f"{stem}.tar", f"{stem}.index.parquet", tuple(piece)))
+    return plans
+
+
+def keyed_hash(seed: int, purpose: str, key: str) -> int:
+    """64 bits that depend on (seed, purpose, key) alone: BLAKE2b."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _check_options(test_fraction: float, shard_count: int | None, samples_per_shard: int | None) -> None:
+    if not 0.0 < test_fraction < 1.0:
+        raise UserError(f"test_fraction: must lie between 0 and 1, got {test_fraction!r}")
+    if shard_count is not None and samples_per_shard is not None:
+        raise UserError("shard_count, samples_per_shard: give one of them, not both")
+    for name, value in (("shard_count", shard_count), ("samples_per_shard", samples_per_shard)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}: must be at least 1, got {value!r}")
+
+
+def _preprocessing(
+    source: Source, image_size: int | None, channels: int | None, levels: int | None
+) -> Preprocessing:
+    levels = source.levels if levels is None else levels
+    try:
+        if channels is None:
+            # a bad option is reported before the files are looked at
+            Preprocessing(image_size, 1, levels)
+            # colour data show it at their first image; only grey ones are looked through to the end
+            channels = 3 if any(_channels(source, entry) == 3 for entry in source.entries) else 1
+        return Preprocessing(image_size, channels, levels)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _channels(source: Source, entry: Entry) -> int:
+    try:
+        return inspect(source.read(entry))
+    except ValueError as error:
+        raise UserError(f"{entry.name}: {error}") from None
+
+
+def _finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
+    if not storage.exists(RECORD_KEY):
+        return None
+    dataset = load_from(storage)
+    _check_same(storage, dataset.record.get("preparation", {}), options)
+    return dataset
+
+
+def _claim(storage: Storage, options: Mapping[str, Any]) -> None:
+    """Take the prefix for this source and these options, or find that it is taken for just them."""
+    claim = canonical_json(options)
+    try:
+        taken = storage.get(CLAIM_KEY)
+    except ObjectMissing:
+        for split in SPLITS:
+            for there in storage.list(f"{split}/")[:1]:
+                raise UserError(
+                    f"{storage.uri}/{there.key}: is in the way, and belongs to no data set of this program: "
+                    "choose another --out"
+                ) from None
+        taken = claim if storage.put_if_absent(CLAIM_KEY, claim) else storage.get(CLAIM_KEY)
+    try:
+        _check_same(storage, dict(json.loads(taken)), options)
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"
+        ) from None
+
+
+def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    names = sorted({*there, *asked})
+    differing = [name for name in names if there.get(name) != asked.get(name)]
+    if differing:
+        what = ", ".join(
+            f"{name} ({there.get(name)} there, {asked.get(name)} asked for)" for name in differing
+        )
+        raise UserError(
+            f"{storage.uri}: holds a data set that was prepared otherwise: {what}; "
+            "prepare it the same way, or choose another --out"
+        )
+
+
+def _write_shards(
+    storage: Storage,
+    plans: list[ShardPlan],
+    source: Source,
+    preprocessing: Preprocessing,
+    progress: Progress | None,
+) -> tuple[list[Shard], tuple[int, int, int]]:
+    sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
+    total, done = sum(len(plan.entries) for plan in plans), 0
+    # every image must have the shape of the first one, also where an earlier attempt wrote that one
+    shape = _convert(source, plans[0].entries[0], preprocessing, None)[1]
+    shards = []
+    for plan in plans:
+        shard = _written_before(storage, plan, sizes)
+        if shard is None:
+            samples = []
+            for number, entry in enumerate(plan.entries):
+                samples.append(
+                    Sample(entry.key, _convert(source, entry, preprocessing, shape)[0], entry.label)
+                )
+                if progress is not None:
+                    progress(done + number + 1, total)
+            packed = pack(samples)
+            storage.put(plan.key, packed.tar)
+            storage.put(plan.index_key, packed.index)
+            shard = _row(plan, len(packed.tar), sha256(packed.tar), packed.index)
+        shards.append(shard)
+        done += len(plan.entries)
+        if progress is not None:
+            progress(done, total)
+    return shards, shape
+
+
+def _row(plan: ShardPlan, num_bytes: int, tar_sha256: str, index: bytes) -> Shard:
+    return Shard(
+        plan.split, plan.key, plan.index_key, len(plan.entries), num_bytes, tar_sha256, sha256(index)
+    )
+
+
+def _written_before(storage: Storage, plan: ShardPlan, sizes: Mapping[str, int]) -> Shard | None:
+    """The shard as an earlier attempt left it: its index is put after the tar, and names size and hash."""
+    if plan.key not in sizes or plan.index_key not in sizes:
+        return None
+    raw = storage.get(plan.index_key)
+    try:
+        index = parse_index(raw)
+    except ValueError:
+        return None
+    same_samples = index.key.to_pylist() == [entry.key for entry in plan.entries]
+    if not same_samples or index.tar_num_bytes != sizes[plan.key]:
+        return None
+    return _row(plan, index.tar_num_bytes, index.tar_sha256, raw)
+
+
+def _convert(
+    source: Source, entry: Entry, preprocessing: Preprocessing, shape: tuple[int, int, int] | None
+) -> tuple[bytes, tuple[int, int, int]]:
+    try:
+        image, found = preprocessing.apply(source.read(entry))
+    except ValueError as error:
+        raise UserError(f"{entry.name}: {error}") from None
+    if shape is not None and found != shape:
+        raise UserError(
+            f"{entry.name}: is {found[2]}×{found[1]} pixels and the first image {shape[2]}×{shape[1]}: "
+            "give image_size to make them one"
+        )
+    return image, found
+
+
+def _commit(
+    storage: Storage,
+    source: Source,
+    preprocessing: Preprocessing,
+    shape: tuple[int, int, int],
+    options: Mapping[str, Any],
+    shards: list[Shard],
+) -> None:
+    listing = shards_to_parquet(shards)
+    storage.put(SHARDS_KEY, listing)
+    splits = {}
+    for split in SPLITS:
+        chosen = [shard for shard in shards if shard.split == split]
+        splits[split] = {"count": sum(shard.count for shard in chosen), "shards": len(chosen)}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": source.name,
+        "shape": list(shape),
+        "levels": preprocessing.levels,
+        "classes": list(source.classes),
+        "splits": splits,
+        "preparation": dict(options),
+        "shards_sha256": sha256(listing),
+    }
+    # whoever is second made the same record, which `prepare` then reads
+    storage.put_if_absent(RECORD_KEY, json.dumps(record, indent=2, ensure_ascii=False).encode())
+
+
+def _discard(storage: Storage, plans: list[ShardPlan]) -> None:
+    keys = [key for plan in plans for key in (plan.index_key, plan.key)]
+    with contextlib.suppress(StorageError):
+        storage.delete([*keys, CLAIM_KEY])

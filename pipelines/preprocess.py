@@ -1,0 +1,148 @@
+"""How an image of any kind becomes the PNG that a data set stores.
+
+In this order: the EXIF orientation is applied; colours become L (ITU-R 601 grey) or RGB, colour profiles
+being ignored; the largest centred square is cut out; it is resized with Pillow's LANCZOS filter, which
+averages over the whole footprint of a pixel when it reduces; values go to the nearest of the levels. A PNG
+that none of this changes keeps its bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipelines.errors import one_line
+from pipelines.images import check_levels, decode_png, encode_png, quantise
+
+EXIF_ORIENTATION = 0x0112
+_GREY_MODES = ("1", "L", "LA", "La")
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_TIFF_BITS_PER_SAMPLE = 258
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """`image_size`: side of the square to make, or None to keep the images' own size. `channels`: 1 or 3."""
+
+    image_size: int | None
+    channels: int
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size: must be at least 1, got {self.image_size!r}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels: must be 1 (grey) or 3 (RGB), got {self.channels!r}")
+        check_levels(self.levels)
+
+    def describe(self) -> dict[str, Any]:
+        """What a data set's record says about how its images were made."""
+        return {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "levels": self.levels,
+            "crop": "none" if self.image_size is None else "centre square",
+            "filter": "none" if self.image_size is None else "lanczos",
+        }
+
+    def apply(self, data: bytes) -> tuple[bytes, tuple[int, int, int]]:
+        """The PNG to store for this image file, and its shape (C, H, W).
+
+        Raises `ValueError` with the reason where no right image can be made: no image, cut short, animated,
+        more than 8 bits a channel, transparent pixels, or more pixels than Pillow's limit.
+        """
+        with _open(data) as picture:
+            file_format = picture.format
+            upright = picture.getexif().get(EXIF_ORIENTATION, 1) == 1
+            plain = picture.mode == self._mode and "transparency" not in picture.info
+            converted = self._converted(picture)
+            resized = self._resized(converted)
+        array = np.asarray(resized)
+        pixels: NDArray[np.uint8] = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        stored = quantise(pixels, self.levels)
+        shape = (stored.shape[0], stored.shape[1], stored.shape[2])
+        untouched = upright and plain and resized.size == converted.size and np.array_equal(stored, pixels)
+        if file_format == "PNG" and untouched and _readable(data, shape):
+            return data, shape
+        return encode_png(stored), shape
+
+    @property
+    def _mode(self) -> str:
+        return "L" if self.channels == 1 else "RGB"
+
+    def _converted(self, picture: Image.Image) -> Image.Image:
+        upright = ImageOps.exif_transpose(picture)
+        if "transparency" in upright.info or upright.mode.endswith(("A", "a")):
+            with_alpha = upright.convert("RGBA")
+            if np.asarray(with_alpha)[..., 3].min() < 255:
+                raise ValueError("it has transparent pixels: flatten it onto a background first")
+            # not straight from the palette: its entry for "transparent" would be turned into a colour
+            upright = with_alpha if upright.mode not in ("LA", "La") else with_alpha.convert("L")
+        return upright if upright.mode == self._mode else upright.convert(self._mode)
+
+    def _resized(self, picture: Image.Image) -> Image.Image:
+        if self.image_size is None or picture.size == (self.image_size, self.image_size):
+            return picture
+        width, height = picture.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = picture.crop((left, top, left + side, top + side))
+        if side == self.image_size:
+            return square
+        return square.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
+
+
+def inspect(data: bytes) -> int:
+    """The channels that this image file calls for: 1 for a grey one, else 3. Raises `ValueError` like
+    `apply`.
+    """
+    with _open(data, decode=False) as picture:
+        return 1 if picture.mode in _GREY_MODES else 3
+
+
+def _open(data: bytes, *, decode: bool = True) -> Image.Image:
+    """The image in a file, refused with a reason where its 8-bit pixels would not be the whole of it."""
+    if not data:
+        raise ValueError("it is empty (0 bytes)")
+    try:
+        picture = Image.open(io.BytesIO(data))
+        # a camera's MPO is a JPEG with a preview behind it, and no animation
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        if decode:
+            if picture.format == "PNG":
+                # decoding alone does not look at the checksums
+                with Image.open(io.BytesIO(data)) as copy:
+                    copy.verify()
+            picture.load()
+    except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
+        reason = "not an image that Pillow can read" if isinstance(error, UnidentifiedImageError) else ""
+        raise ValueError(reason or f"it cannot be decoded ({one_line(error, 120)})") from None
+    if frames > 1:
+        raise ValueError(
+            f"it is animated or has several pages ({frames} frames): give one still image a file"
+        )
+    if picture.mode in _DEEP_MODES or _bits_per_channel(picture, data) > 8:
+        raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
+    return picture
+
+
+def _bits_per_channel(picture: Image.Image, data: bytes) -> int:
+    """Pillow reads 16-bit RGB as 8-bit without a word, so the file itself is asked."""
+    if picture.format == "PNG":
+        return data[24]
+    if picture.format == "TIFF":
+        return max(picture.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
+    return 8
+
+
+def _readable(data: bytes, shape: tuple[int, int, int]) -> bool:
+    try:
+        decode_png(data, shape)
+    except ValueError:
+        return False
+    return True

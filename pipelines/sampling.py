@@ -1,0 +1,289 @@
+"""Mass generation: image i = g(checkpoint, sampler, seed, i), whichever worker makes it, however often.
+
+A set is cut into units of consecutive images.  A unit is one WebDataset shard with its Parquet index, written
+under names that carry the attempt, and then a commit record by one conditional PUT.  What is committed is
+done; `samples.json` is the record of the whole and comes last.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ddpm_core.samplers import SamplerConfig, sample
+from ddpm_core.schedules import Schedule
+from ddpm_core.unet import UNet
+from pipelines.checkpoints import Checkpoint, ObjectRecord, put_recorded, read_checked, read_record
+from pipelines.config import Config, SampleConfig, digest, validated
+from pipelines.errors import UserError
+from pipelines.images import decode_png, encode_png, to_uint8
+from pipelines.shards import Sample, pack, parse_index
+from pipelines.storage import ObjectMissing, Storage, open_storage
+
+FORMAT_VERSION = 1
+RECORD = "samples.json"
+
+
+class UnitCommit(BaseModel):
+    """The commit record of one unit: images `start` to `stop` of the set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    unit: int
+    start: int
+    stop: int
+    shard: ObjectRecord
+    index: ObjectRecord
+
+
+class SetRecord(BaseModel):
+    """`samples.json`: everything that is needed to make the set again, and what it consists of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    kind: str = "ddpm-samples"
+    recipe: dict[str, Any]
+    checkpoint: str
+    count: int
+    shape: tuple[int, int, int]
+    levels: int
+    units: list[UnitCommit]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a sample set is a function of."""
+
+    name: str
+    checkpoint: str
+    """URI of the checkpoint."""
+    checkpoint_identity: str
+    sampler: SamplerConfig
+    settings: SampleConfig
+    shape: tuple[int, int, int]
+    levels: int
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "checkpoint": self.checkpoint_identity,
+            "sampler": asdict(self.sampler),
+            "seed": self.settings.seed,
+            "count": self.settings.count,
+            "unit_size": self.settings.unit_size,
+            "batch_size": self.settings.batch_size,
+            "shape": list(self.shape),
+            "levels": self.levels,
+        }
+
+    def set_name(self) -> str:
+        return f"{self.name}-{digest(self.identity())[:10]}"
+
+
+def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
+    """The recipe of the samples of a checkpoint; the model's part comes from the checkpoint.
+
+    Raises `UserError` naming the first field in which the configuration describes another model.
+    """
+    trained = checkpoint_config(checkpoint)
+    for section in ("schedule", "model"):
+        ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
+        for key, value in ours.items():
+            if value != theirs[key]:
+                raise UserError(
+                    f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
+                )
+    steps = config.sampler.num_steps
+    if steps is not None and steps > trained.schedule.num_timesteps:
+        raise UserError(
+            f"sampler.num_steps: {steps}, but the checkpoint's schedule has {trained.schedule.num_timesteps} steps"
+        )
+    size, channels = trained.model.image_size, trained.model.in_channels
+    return Recipe(
+        config.name,
+        checkpoint.uri,
+        checkpoint.identity,
+        config.sampler,
+        config.sample,
+        (channels, size, size),
+        levels,
+    )
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    return validated(Config, checkpoint.commit.config, f"{checkpoint.uri}/commit.json: config")
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, Schedule]:
+    """The averaged network of a checkpoint, for evaluation, and its noise schedule."""
+    config = checkpoint_config(checkpoint)
+    model = UNet(config.model)
+    model.load_state_dict(checkpoint.read("ema"))
+    return model.to(device).eval().requires_grad_(False), Schedule.from_config(config.schedule)
+
+
+def make_images(
+    model: nn.Module, schedule: Schedule, recipe: Recipe, index: Sequence[int], device: torch.device
+) -> Tensor:
+    """Images float32 [n, C, H, W] of these numbers.
+
+    They go through the network in batches that are always `batch_size` large, filled up by repeating the
+    last number: a network's rounding depends on the size of its batch.
+    """
+    size = recipe.settings.batch_size
+    made = []
+    with torch.inference_mode():
+        for start in range(0, len(index), size):
+            part = list(index[start : start + size])
+            padded = part + [part[-1]] * (size - len(part))
+            x = sample(
+                model,
+                schedule,
+                recipe.sampler,
+                seed=recipe.settings.seed,
+                index=torch.tensor(padded, dtype=torch.int64, device=device),
+                shape=recipe.shape,
+                device=device,
+            )
+            made.append(x[: len(part)].cpu())
+    return torch.cat(made)
+
+
+def unit_range(recipe: Recipe, unit: int) -> range:
+    """The images of a unit."""
+    size = recipe.settings.unit_size
+    return range(unit * size, min((unit + 1) * size, recipe.settings.count))
+
+
+def num_units(recipe: Recipe) -> int:
+    return -(-recipe.settings.count // recipe.settings.unit_size)
+
+
+def pending_units(recipe: Recipe, committed: Iterable[int]) -> list[int]:
+    """The units still to make."""
+    done = set(committed)
+    return [unit for unit in range(num_units(recipe)) if unit not in done]
+
+
+class SampleSet:
+    """A sample set in storage, finished or not."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @property
+    def uri(self) -> str:
+        return self.storage.uri
+
+    def committed(self) -> list[int]:
+        """The units with a commit record."""
+        names = (info.key.rpartition("/")[2] for info in self.storage.list("units/unit-"))
+        return sorted(int(name[5:-5]) for name in names if name.endswith(".json") and name[5:-5].isdecimal())
+
+    def write_unit(self, recipe: Recipe, unit: int, images: Tensor) -> UnitCommit:
+        """Write and commit a unit's images, uint8 [n, C, H, W]; the first commit of a unit stands."""
+        numbers = unit_range(recipe, unit)
+        assert len(numbers) == len(images)
+        packed = pack(
+            Sample(f"{number:09d}", encode_png(image)) for number, image in zip(numbers, images, strict=True)
+        )
+        attempt = uuid.uuid4().hex[:12]
+        records: list[ObjectRecord] = []
+        won = False
+        try:
+            for suffix, data in (("tar", packed.tar), ("index.parquet", packed.index)):
+                records.append(put_recorded(self.storage, f"shard-{unit:06d}-{attempt}.{suffix}", data))
+            commit = UnitCommit(
+                format_version=FORMAT_VERSION,
+                unit=unit,
+                start=numbers.start,
+                stop=numbers.stop,
+                shard=records[0],
+                index=records[1],
+            )
+            won = self.storage.put_if_absent(_unit_key(unit), commit.model_dump_json().encode())
+        finally:
+            if not won:
+                self.storage.delete(record.key for record in records)
+        return commit if won else self.unit(unit)
+
+    def unit(self, unit: int) -> UnitCommit:
+        return read_record(self.storage, _unit_key(unit), UnitCommit, FORMAT_VERSION)
+
+    def finish(self, recipe: Recipe) -> SetRecord:
+        """Write the record of the whole, once every unit is committed."""
+        record = SetRecord(
+            format_version=FORMAT_VERSION,
+            recipe=recipe.identity(),
+            checkpoint=recipe.checkpoint,
+            count=recipe.settings.count,
+            shape=recipe.shape,
+            levels=recipe.levels,
+            units=[self.unit(unit) for unit in range(num_units(recipe))],
+        )
+        self.storage.put_if_absent(RECORD, record.model_dump_json(indent=2).encode())
+        return self.record()
+
+    def is_finished(self) -> bool:
+        return self.storage.exists(RECORD)
+
+    def record(self) -> SetRecord:
+        """Raises `UserError` where the set is not finished."""
+        try:
+            return read_record(self.storage, RECORD, SetRecord, FORMAT_VERSION)
+        except ObjectMissing:
+            raise UserError(f"{self.uri}: no finished sample set here; make it with `ddpm sample`") from None
+
+    def images(self, limit: int | None = None) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(number, uint8 [C, H, W]) of the set's images by rising number, every shard checked by SHA-256."""
+        record = self.record()
+        for unit in record.units:
+            index = parse_index(read_checked(self.storage, unit.index))
+            tar = read_checked(self.storage, unit.shard)
+            for row, number in enumerate(range(unit.start, unit.stop)):
+                if limit is not None and number >= limit:
+                    return
+                start, length = int(index.offset[row]), int(index.length[row])
+                yield number, decode_png(tar[start : start + length], record.shape)
+
+
+def sample_set(config: Config, recipe: Recipe) -> SampleSet:
+    """The place of a recipe's set: STORAGE/samples/NAME-ID/."""
+    return SampleSet(open_storage(config.storage).child("samples", recipe.set_name()))
+
+
+def _unit_key(unit: int) -> str:
+    return f"units/unit-{unit:06d}.json"
+
+
+class UnitMaker:
+    """Makes units of one set: what a sampling worker is, in this process or as a Ray actor."""
+
+    def __init__(self, recipe: Recipe, set_uri: str, device: str) -> None:
+        from pipelines.checkpoints import open_checkpoint
+
+        self._recipe = recipe
+        self._set = SampleSet(open_storage(set_uri))
+        self._device = torch.device(device)
+        checkpoint = open_checkpoint(recipe.checkpoint)
+        if checkpoint.identity != recipe.checkpoint_identity:
+            raise UserError(f"{recipe.checkpoint}: was replaced by another checkpoint meanwhile")
+        self._model, self._schedule = load_model(checkpoint, self._device)
+
+    def make(self, unit: int) -> int:
+        """Make and commit a unit; returns how many images it holds."""
+        numbers = unit_range(self._recipe, unit)
+        x = make_images(self._model, self._schedule, self._recipe, numbers, self._device)
+        self._set.write_unit(self._recipe, unit, to_uint8(x, self._recipe.levels))
+        return len(numbers)

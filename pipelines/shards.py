@@ -1,0 +1,160 @@
+"""One shard: a plain WebDataset tar, and the Parquet index that says where each sample's image lies in it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from webdataset.writer import TarWriter
+
+INDEX_VERSION = 1
+_BLOCK_BYTES = 512
+_VERSION_KEY = b"ddpm.index_version"
+_TAR_SHA256_KEY = b"ddpm.tar_sha256"
+_TAR_BYTES_KEY = b"ddpm.tar_num_bytes"
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("label", pa.int64()),
+        ("crc32c", pa.uint32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`key`: the sample's name in the tar. `image`: PNG bytes. `label`: class number, −1 for none."""
+
+    key: str
+    image: bytes
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """The two objects of a shard, ready to be put."""
+
+    tar: bytes
+    index: bytes
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """One row a sample, in the tar's order: `offset` and `length` of the image's bytes within the tar,
+    `label`, `crc32c` of the image's bytes (int64 each), `key` (an Arrow column). Then the whole tar's size
+    and SHA-256.
+    """
+
+    key: pa.ChunkedArray
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    label: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
+    tar_num_bytes: int
+    tar_sha256: str
+
+    @property
+    def count(self) -> int:
+        return len(self.offset)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the index takes."""
+        return int(self.key.nbytes) + 4 * self.offset.nbytes
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def crc32c(data: bytes) -> int:
+    return int(google_crc32c.value(data))
+
+
+def pack(samples: Iterable[Sample]) -> PackedShard:
+    """The tar and the index of these samples; the same samples give the same bytes.
+
+    A labelled sample has the members `<key>.cls` (the class number in decimal) and `<key>.png`.
+    """
+    columns: dict[str, list[str | int]] = {name: [] for name in _SCHEMA.names}
+    file = io.BytesIO()
+    with TarWriter(file, encoder=False, mtime=0) as writer:
+        for sample in samples:
+            members: dict[str, str | bytes] = {"__key__": sample.key, "png": sample.image}
+            if sample.label >= 0:
+                members["cls"] = str(sample.label).encode()
+            writer.write(members)
+            # members go in by name, so the image is the last, and is padded to whole blocks
+            padded = -(-len(sample.image) // _BLOCK_BYTES) * _BLOCK_BYTES
+            columns["key"].append(sample.key)
+            columns["offset"].append(writer.tarstream.offset - padded)
+            columns["length"].append(len(sample.image))
+            columns["label"].append(sample.label)
+            columns["crc32c"].append(crc32c(sample.image))
+    tar = file.getvalue()
+    metadata = {
+        _VERSION_KEY: str(INDEX_VERSION),
+        _TAR_SHA256_KEY: sha256(tar),
+        _TAR_BYTES_KEY: str(len(tar)),
+    }
+    table = pa.table(columns, schema=_SCHEMA.with_metadata(metadata))
+    return PackedShard(tar=tar, index=to_parquet(table), count=len(table))
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The table as one Parquet file in memory, to be put in one piece."""
+    with io.BytesIO() as file:
+        pq.write_table(table, file, compression="zstd")
+        return file.getvalue()
+
+
+def parse_index(data: bytes) -> ShardIndex:
+    """The index in these bytes. Raises `ValueError` with the reason if it is none, or not one of this
+    version.
+    """
+    table = read_parquet(data, _SCHEMA)
+    metadata = table.schema.metadata or {}
+    version = metadata.get(_VERSION_KEY, b"none").decode("ascii", "replace")
+    if version != str(INDEX_VERSION):
+        raise ValueError(
+            f"a shard index of version {version}, and this program reads version {INDEX_VERSION}"
+        )
+    columns = {
+        name: table.column(name).to_numpy().astype(np.int64)
+        for name in ("offset", "length", "label", "crc32c")
+    }
+    num_bytes = int(metadata[_TAR_BYTES_KEY])
+    offset, length = columns["offset"], columns["length"]
+    if len(table) and ((offset < 0).any() or (length < 0).any() or (offset + length > num_bytes).any()):
+        raise ValueError("a shard index that points outside its tar")
+    return ShardIndex(
+        key=table.column("key"),
+        tar_num_bytes=num_bytes,
+        tar_sha256=metadata[_TAR_SHA256_KEY].decode("ascii"),
+        **columns,
+    )
+
+
+def read_parquet(data: bytes, schema: pa.Schema) -> pa.Table:
+    """The Parquet file in these bytes, which must hold just these columns; `ValueError` with the reason if
+    not.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not a readable Parquet file ({' '.join(str(error).split())[:120]})") from None
+    if not table.schema.equals(schema, check_metadata=False):
+        raise ValueError(f"a Parquet file with the columns {table.schema.names}, not {schema.names}")
+    if any(column.null_count for column in table.columns):
+        raise ValueError("a Parquet file with empty fields")
+    return table

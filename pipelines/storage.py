@@ -1,0 +1,203 @@
+"""Objects under a prefix, on S3 or on a disk, behind one small interface.
+
+What the rest of the project relies on, and what both kinds give:
+
+- `put` is atomic: a reader sees the whole object or none of it.
+- `put_if_absent` has exactly one winner.  It is how commit records are written.
+- There is no rename and no append.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from pipelines.errors import UserError, one_line
+
+
+class StorageError(UserError):
+    """The storage could not be reached, refused the request, or is full."""
+
+
+class ObjectMissing(StorageError):
+    """No such object; the message is its URI."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    key: str
+    num_bytes: int
+
+
+class Storage(Protocol):
+    """Objects below one prefix.  Keys are relative to it, with `/` between their parts."""
+
+    @property
+    def uri(self) -> str: ...
+
+    def child(self, *parts: str) -> Storage:
+        """The storage of a prefix below this one."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """The whole object; raises `ObjectMissing`."""
+        ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from `start`; `ObjectMissing`, or `StorageError` where it ends earlier."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace the object, at once for every reader."""
+        ...
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write the object if there is none; of several callers exactly one is told True."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        """All objects whose key starts with `prefix`, sorted by key."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete these objects; one that is not there is no error."""
+        ...
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage at `s3://bucket/prefix`, `file:///folder`, or a plain folder path.
+
+    Raises `UserError` on another scheme or a missing bucket name.  Nothing is contacted or created yet.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        if not parts.netloc:
+            raise UserError(f"{uri}: an S3 address is s3://BUCKET/PREFIX, and this one names no bucket")
+        # boto3 takes a while to import and a run on disk does not need it
+        from pipelines.adapters.s3 import S3Storage
+
+        return S3Storage(parts.netloc, parts.path.strip("/"))
+    if parts.scheme == "file":
+        return FileStorage(Path(unquote(parts.path)))
+    if parts.scheme and "://" in uri:
+        raise UserError(
+            f"{uri}: storage is s3://BUCKET/PREFIX, file:///FOLDER or a folder, not {parts.scheme}://"
+        )
+    if not uri:
+        raise UserError("an empty storage address: give s3://BUCKET/PREFIX, file:///FOLDER or a folder")
+    return FileStorage(Path(uri))
+
+
+def checked_key(key: str) -> str:
+    """`key` itself, or a `UserError` if it could leave its prefix."""
+    if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")):
+        raise UserError(
+            f"{key!r} is no object key: it may not be empty, absolute, or contain '.' or '..' as a part"
+        )
+    return key
+
+
+class FileStorage:
+    """A folder.  Atomic by rename within the folder's file system, exclusive by hard link."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.expanduser().absolute()
+
+    @property
+    def uri(self) -> str:
+        return self._root.as_uri()
+
+    def child(self, *parts: str) -> FileStorage:
+        return FileStorage(self._root.joinpath(*(checked_key(part) for part in parts)))
+
+    def _path(self, key: str) -> Path:
+        return self._root / checked_key(key)
+
+    def _error(self, key: str, error: OSError) -> StorageError:
+        path = self._path(key)
+        if isinstance(error, FileNotFoundError):
+            return ObjectMissing(str(path))
+        return StorageError(f"{path}: {error.strerror or one_line(error)}")
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self._path(key).read_bytes()
+        except OSError as error:
+            raise self._error(key, error) from None
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        try:
+            with self._path(key).open("rb") as file:
+                file.seek(start)
+                data = file.read(length)
+        except OSError as error:
+            raise self._error(key, error) from None
+        if len(data) != length:
+            raise StorageError(
+                f"{self._path(key)}: {len(data)} of {length} bytes at {start}: the object is too short"
+            )
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        try:
+            written = self._write_aside(key, data)
+            written.replace(self._path(key))
+        except OSError as error:
+            raise self._error(key, error) from None
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        try:
+            written = self._write_aside(key, data)
+            try:
+                os.link(written, self._path(key))
+            except FileExistsError:
+                return False
+            finally:
+                written.unlink()
+        except OSError as error:
+            raise self._error(key, error) from None
+        return True
+
+    def _write_aside(self, key: str, data: bytes) -> Path:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+        aside = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+        return aside
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        # a prefix need not end at a folder, but all that starts with it lies below its last whole folder
+        folder = self._root / prefix.rpartition("/")[0]
+        found = []
+        for where, _, names in os.walk(folder):
+            for name in names:
+                path = Path(where) / name
+                key = path.relative_to(self._root).as_posix()
+                if key.startswith(prefix) and not name.startswith(".tmp-"):
+                    found.append(ObjectInfo(key, path.stat().st_size))
+        return sorted(found, key=lambda info: info.key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            try:
+                self._path(key).unlink(missing_ok=True)
+            except OSError as error:
+                raise self._error(key, error) from None

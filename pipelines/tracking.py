@@ -1,0 +1,116 @@
+"""What a run tells its tracking server, and the record that makes the server's copy a projection of storage.
+
+Metrics are first of all rows of the run's own history, which is written beside its checkpoints.  The tracking
+server gets the same rows as they come; what it already has (a resumed run computes the same rows again) is
+not sent twice, and what it missed is sent when it answers again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pipelines.storage import Storage
+
+
+@dataclass(frozen=True)
+class Row:
+    """Metrics measured after `step` steps."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """A run at a tracking server."""
+
+    @property
+    def run_id(self) -> str | None: ...
+
+    def log(self, rows: Iterable[Row]) -> None:
+        """Send rows, except those that the server has; never raises for a server that is away."""
+        ...
+
+    def artifact(self, path: str, data: bytes) -> None:
+        """Keep a file with the run; a server that is away is warned about, not raised."""
+        ...
+
+    def finish(self, *, failed: bool) -> None: ...
+
+
+class NoTracker:
+    """Where no tracking server is configured."""
+
+    run_id = None
+
+    def log(self, rows: Iterable[Row]) -> None:
+        pass
+
+    def artifact(self, path: str, data: bytes) -> None:
+        pass
+
+    def finish(self, *, failed: bool) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a tracking server is told of a run when it begins."""
+
+    experiment: str
+    name: str
+    params: Mapping[str, Any]
+    """What the run is a function of; fixed for its life."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Where it runs; may change when it goes on elsewhere."""
+    parent_run_id: str | None = None
+
+
+class History:
+    """The rows of a run in storage: one object a checkpoint interval, `history/step-000001000.json`."""
+
+    def __init__(self, run: Storage) -> None:
+        self._storage = run.child("history")
+
+    def append(self, last_step: int, rows: list[Row]) -> None:
+        """Write the rows up to `last_step`; the same interval written again replaces itself."""
+        lines = [json.dumps({"step": row.step, **row.metrics}) for row in rows]
+        self._storage.put(f"step-{last_step:09d}.jsonl", "\n".join(lines).encode())
+
+    def rows(self, up_to: int | None = None) -> list[Row]:
+        """All rows, by step, up to a step where one is given; the newest wins where intervals overlap."""
+        by_step: dict[int, dict[str, float]] = {}
+        for info in self._storage.list("step-"):
+            for line in self._storage.get(info.key).decode().splitlines():
+                values = json.loads(line)
+                step = int(values.pop("step"))
+                if up_to is None or step <= up_to:
+                    by_step.setdefault(step, {}).update(values)
+        return [Row(step, by_step[step]) for step in sorted(by_step)]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key` → value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def open_tracker(uri: str | None, description: RunDescription, run: Storage) -> Tracker:
+    """The tracker of a run: the MLflow run that it already has, or a new one; without a server none.
+
+    The choice is recorded in the run's storage by a conditional PUT, so that a run has one MLflow run however
+    often it is started.  Raises `UserError` where the server does not answer.
+    """
+    if not uri:
+        return NoTracker()
+    # mlflow takes seconds to import
+    from pipelines.adapters.mlflow import open_mlflow_run
+
+    return open_mlflow_run(uri, description, run)

@@ -1,0 +1,321 @@
+"""A training run from its data set to its last checkpoint, as one worker of it lives it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_core.bound import BoundAccumulator, BoundEstimate
+from ddpm_core.samplers import sample
+from ddpm_core.schedules import Schedule
+from pipelines.checkpoints import Checkpoints, step_name
+from pipelines.config import Config, digest
+from pipelines.dataset import Dataset
+from pipelines.errors import UserError
+from pipelines.grids import grid_png
+from pipelines.images import to_model, to_uint8
+from pipelines.reader import StreamBatches, read_split
+from pipelines.storage import Storage, open_storage
+from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
+from pipelines.training import Learner, World, is_due, streams_of
+
+log = logging.getLogger(__name__)
+
+RUN_RECORD = "run.json"
+_GRID = 64
+_EVAL_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's place: its data, its name, its storage."""
+
+    config: Config
+    dataset: Dataset
+    name: str
+    storage: Storage
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.config.training_identity(self.dataset.identity)
+
+
+def open_run(config: Config) -> Run:
+    """Load the data set and check that the configuration fits it; nothing is written.
+
+    Raises `UserError` naming the field that does not fit.
+    """
+    dataset = Dataset.load(config.data.uri)
+    channels, height, width = dataset.shape
+    size = config.model.image_size
+    if height != width or size != height:
+        raise UserError(f"model.image_size: {size}, but the images of {config.data.uri} are {width}×{height}")
+    if config.model.in_channels != channels:
+        raise UserError(
+            f"model.in_channels: {config.model.in_channels}, but the images of {config.data.uri} "
+            f"have {channels} channels"
+        )
+    for split in ("train", "test"):
+        if dataset.count(split) == 0:
+            raise UserError(f"{config.data.uri}: its {split} split is empty")
+    name = config.run_name(dataset.identity)
+    return Run(config, dataset, name, open_storage(config.storage).child("runs", name))
+
+
+def claim(run: Run) -> None:
+    """Write the run's record if it has none; refuse a folder whose record is another run's."""
+    record = {"format_version": 1, "kind": "ddpm-run", "name": run.name, "identity": run.identity}
+    if run.storage.put_if_absent(RUN_RECORD, json.dumps(record, indent=2).encode()):
+        return
+    found = json.loads(run.storage.get(RUN_RECORD))
+    if digest(found.get("identity")) != digest(run.identity):
+        raise UserError(f"{run.storage.uri}/{RUN_RECORD}: belongs to another run; choose another name")
+
+
+def train(run: Run, world: World, *, parent_run_id: str | None = None) -> None:
+    """Train to `train.steps`, going on from the newest checkpoint; every worker of the run calls this.
+
+    Raises `TrainingError` where training diverged, on every worker alike.
+    """
+    config = run.config
+    learner = Learner(config, world.device)
+    checkpoints = Checkpoints(run.storage)
+    start = _resume(run, checkpoints, learner, world)
+    tracker = _open_tracker(run, parent_run_id, start) if world.rank == 0 else NoTracker()
+    failed = True
+    try:
+        _loop(run, learner, world, tracker, checkpoints, start)
+        failed = False
+    finally:
+        tracker.finish(failed=failed)
+
+
+def _resume(run: Run, checkpoints: Checkpoints, learner: Learner, world: World) -> int:
+    """The step to go on from; rank 0 chooses the checkpoint and every worker loads that one."""
+    state = checkpoints.newest() if world.rank == 0 else None
+    step = int(world.broadcast(state.step if state else 0))
+    if step == 0:
+        return 0
+    state = state or checkpoints.open(step).read_all()
+    learner.load(state)
+    if world.rank == 0:
+        log.info("going on from step %d", step)
+    # a driver that starts again has not heard of what was measured before
+    measured = checkpoints.open(step).commit.metrics
+    if "held_out/total" in measured:
+        world.report(_progress(step, measured))
+    return step
+
+
+def _progress(step: int, metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """What the driver of the run is told after an evaluation."""
+    return {
+        "step": step,
+        "bits_per_dim": metrics["held_out/total"],
+        "bits_per_dim_stderr": metrics["held_out/total_stderr"],
+    }
+
+
+def _open_tracker(run: Run, parent_run_id: str | None, start: int) -> Tracker:
+    config = run.config
+    description = RunDescription(
+        experiment=config.tracking.experiment,
+        name=run.name,
+        params=run.identity,
+        tags={
+            "ddpm.storage": run.storage.uri,
+            "ddpm.data": run.dataset.uri,
+            "ddpm.dataset_identity": run.dataset.identity,
+            "ddpm.workers": str(config.workers.num),
+        },
+        parent_run_id=parent_run_id,
+    )
+    tracker = open_tracker(os.environ.get("MLFLOW_TRACKING_URI"), description, run.storage)
+    tracker.artifact("config.yaml", config.to_yaml().encode())
+    tracker.log(History(run.storage).rows(up_to=start))
+    return tracker
+
+
+def _loop(
+    run: Run, learner: Learner, world: World, tracker: Tracker, checkpoints: Checkpoints, start: int
+) -> None:
+    settings = run.config.train
+    history = History(run.storage)
+    rows: list[Row] = []
+    clock = _Clock(settings.batch_size)
+    with contextlib.closing(_batches(run, world, start)) as batches:
+        for step in range(start, settings.steps):
+            result = learner.step(step, next(batches), world)
+            done = step + 1
+            clock.tick()
+            if is_due(done, settings.log_every, settings.steps):
+                row = Row(
+                    done,
+                    {
+                        "loss": result.loss,
+                        "grad_norm": result.grad_norm,
+                        "learning_rate": result.learning_rate,
+                        "images_per_s": clock.images_per_s(),
+                    },
+                )
+                rows.append(row)
+                tracker.log([row])
+                if world.rank == 0:
+                    log.info(
+                        "step %d/%d  loss %.4f  grad norm %.3f  %.0f images/s",
+                        done,
+                        settings.steps,
+                        result.loss,
+                        result.grad_norm,
+                        row.metrics["images_per_s"],
+                    )
+            evaluated: dict[str, float] = {}
+            if is_due(done, settings.eval_every, settings.steps):
+                clock.pause()
+                evaluated = _evaluate(run, learner, world, tracker, done)
+                rows.append(Row(done, evaluated))
+                tracker.log([rows[-1]])
+                clock.resume()
+            if is_due(done, settings.checkpoint_every, settings.steps):
+                clock.pause()
+                if world.rank == 0:
+                    history.append(done, rows)
+                    _save(run, learner, checkpoints, done, {"loss": result.loss, **evaluated})
+                rows = []
+                clock.resume()
+            if evaluated:
+                world.report(_progress(done, evaluated))
+
+
+def _batches(run: Run, world: World, start: int) -> StreamBatches:
+    settings = run.config.train
+    return StreamBatches(
+        run.dataset,
+        "train",
+        seed=run.config.seed,
+        num_streams=settings.micro_batches,
+        streams=streams_of(world.rank, world.size, settings.micro_batches),
+        micro_batch_size=settings.batch_size // settings.micro_batches,
+        start_step=start,
+        flip=run.config.data.flip,
+        cache_bytes=run.config.data.cache_bytes,
+    )
+
+
+class _Clock:
+    """Images per second since it was last asked, without the time spent on evaluation and checkpoints."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._steps = 0
+        self._spent_s = 0.0
+        self._since = time.perf_counter()
+
+    def tick(self) -> None:
+        self._steps += 1
+
+    def pause(self) -> None:
+        self._spent_s += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
+
+    def images_per_s(self) -> float:
+        self.pause()
+        rate = self._steps * self._batch_size / max(self._spent_s, 1e-9)
+        self._steps, self._spent_s = 0, 0.0
+        self.resume()
+        return rate
+
+
+def held_out_bound(
+    dataset: Dataset, config: Config, model: Any, world: World, num_images: int | None
+) -> BoundEstimate:
+    """The bound of a network on held-out images, bits/dim; the workers share the images and the result."""
+    total = dataset.count("test")
+    total = total if num_images is None else min(total, num_images)
+    accumulator = BoundAccumulator(
+        Schedule.from_config(config.schedule),
+        levels=dataset.levels,
+        variance_type=config.bound.variance_type,
+        num_strata=config.bound.num_strata,
+        seed=config.seed,
+    )
+    start, stop = world.rank * total // world.size, (world.rank + 1) * total // world.size
+    with torch.inference_mode():
+        for index, images in _held_out(dataset, start, stop):
+            x_start = to_model(images, dataset.levels).to(world.device)
+            accumulator.add(model, x_start, index.to(world.device))
+    state = accumulator.state().to(world.device)
+    world.all_reduce(state)
+    accumulator.load_state(state.cpu())
+    return accumulator.result()
+
+
+def _held_out(dataset: Dataset, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for first in range(start, stop, _EVAL_BATCH):
+        last = min(first + _EVAL_BATCH, stop)
+        images = [image for _, image, _ in read_split(dataset, "test", first, last)]
+        yield torch.arange(first, last), torch.from_numpy(np.stack(images))
+
+
+def bound_metrics(estimate: BoundEstimate) -> dict[str, float]:
+    """The bound as metrics, bits/dim with standard errors."""
+    return {
+        "held_out/total": estimate.total,
+        "held_out/total_stderr": estimate.total_stderr,
+        "held_out/reconstruction": estimate.reconstruction,
+        "held_out/consistency": estimate.consistency,
+        "held_out/prior": estimate.prior,
+    }
+
+
+def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: int) -> dict[str, float]:
+    config = run.config
+    model = learner.averaged()
+    estimate = held_out_bound(run.dataset, config, model, world, config.bound.num_images)
+    if world.rank == 0:
+        log.info("step %d  held out: %.4f ± %.4f bits/dim", step, estimate.total, estimate.total_stderr)
+        if not isinstance(tracker, NoTracker):
+            with torch.inference_mode():
+                index = torch.arange(_GRID, device=world.device)
+                x = sample(
+                    model,
+                    learner.schedule,
+                    config.sampler,
+                    seed=config.seed,
+                    index=index,
+                    shape=run.dataset.shape,
+                    device=world.device,
+                )
+            tracker.artifact(
+                f"samples/{step_name(step)}.png", grid_png(to_uint8(x.cpu(), run.dataset.levels).numpy())
+            )
+    return bound_metrics(estimate)
+
+
+def _save(run: Run, learner: Learner, checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:
+    saved = checkpoints.save(
+        learner.state(step),
+        {
+            "seed": run.config.seed,
+            "run": run.name,
+            "dataset": run.dataset.identity,
+            "config": run.config.model_dump(mode="json"),
+            "metrics": metrics,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        },
+    )
+    checkpoints.prune(run.config.train.keep_checkpoints)
+    log.info("step %d  checkpoint committed: %s", step, saved.uri)

@@ -1,0 +1,118 @@
+"""A training run on a Ray cluster.
+
+Ray places the workers, restarts them and carries metrics; it holds no model state.  Where a run goes on from
+is decided by its own commit records, so a lost worker, a lost driver and a new cluster are one case.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
+
+from pipelines.config import Config, parse_config
+from pipelines.errors import UserError, one_line
+from pipelines.logs import configure_worker_logging
+from pipelines.train import open_run, train
+from pipelines.training import TrainingError
+
+log = logging.getLogger(__name__)
+
+_COLLECTIVE_TIMEOUT_S = 300
+_FATAL = "fatal"
+
+
+class RayWorker:
+    """The `World` of a Ray Train worker: torch.distributed for tensors, Ray for reports."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.size = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast(self, value: Any) -> Any:
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def report(self, metrics: dict[str, float | str]) -> None:
+        ray.train.report(metrics)
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    configure_worker_logging()
+    config = parse_config(arguments["config"])
+    world = RayWorker()
+    try:
+        train(open_run(config), world, parent_run_id=arguments["parent_run_id"])
+    except TrainingError as error:
+        # every worker meets it at the same step; as a report it ends the run, as an exception Ray would retry
+        world.report({_FATAL: str(error)})
+
+
+def fit(config: Config, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = None) -> None:
+    """Train on the connected Ray cluster until `train.steps`; survives `workers.max_failures` lost workers.
+
+    Raises `UserError` where the run can't go on.
+    """
+    workers = config.workers
+    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"config": config.to_yaml(), "parent_run_id": parent_run_id},
+            torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+            scaling_config=ScalingConfig(
+                num_workers=workers.num,
+                use_gpu=workers.gpus > 0,
+                resources_per_worker={
+                    "CPU": workers.cpus,
+                    **({"GPU": workers.gpus} if workers.gpus > 0 else {}),
+                },
+            ),
+            run_config=RunConfig(
+                # a name of its own, since Ray would restore another attempt's state by name
+                name=f"{config.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=workers.max_failures),
+                callbacks=list(callbacks),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            cause = error.__cause__ or error
+            raise UserError(f"training failed: {_root_cause(error) or one_line(cause)}") from error
+    fatal = (result.metrics or {}).get(_FATAL)
+    if fatal:
+        raise TrainingError(str(fatal))
+
+
+def _root_cause(error: BaseException) -> str | None:
+    """The message of the worker's own exception, if one of them is ours."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, UserError):
+            return one_line(cause)
+        text = str(failure)
+        for line in reversed(text.strip().splitlines()):
+            if "Error: " in line:
+                return one_line(Exception(line.strip()))
+    return None

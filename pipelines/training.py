@@ -1,0 +1,235 @@
+"""One training step as a pure function of (configuration, step, data), on any number of workers.
+
+The global batch is always M fixed micro-batches.  Micro-batch m reads stream m; t and ε are keyed by the
+position of each sample, dropout by (seed, step, m).  A worker takes whole micro-batches, and the gradient is
+the sum over all samples divided by the global batch, so the number of workers does not show in the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_core import rng
+from ddpm_core.ema import EMA
+from ddpm_core.objectives import draw_timesteps, simple_loss
+from ddpm_core.schedules import Schedule
+from ddpm_core.unet import UNet
+from pipelines.checkpoints import CheckpointError, State
+from pipelines.config import Config, OptimizerConfig
+from pipelines.errors import UserError
+
+
+class TrainingError(UserError):
+    """Training can't go on from here, and doing the same again would end the same."""
+
+
+class World(Protocol):
+    """The workers of a run, as seen by one of them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum over the workers, in place, the same bits on each."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain value, on every worker."""
+        ...
+
+    def report(self, metrics: dict[str, float | str]) -> None:
+        """Tell the driver; every worker calls it at the same steps."""
+        ...
+
+
+@dataclass
+class SingleWorker:
+    """A run in this process alone."""
+
+    device: torch.device
+    on_report: Callable[[dict[str, float | str]], None] = lambda metrics: None
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        pass
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def report(self, metrics: dict[str, float | str]) -> None:
+        self.on_report(metrics)
+
+
+class Samples(Protocol):
+    """A micro-batch, as `pipelines.reader.MicroBatch` holds it."""
+
+    @property
+    def stream(self) -> int: ...
+
+    @property
+    def index(self) -> Tensor:
+        """int64 [b]: the key of everything random about each sample of this draw."""
+        ...
+
+    @property
+    def x_start(self) -> Tensor:
+        """float32 [b, C, H, W] in [−1, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    """Mean of ‖ε − ε_θ‖² per dimension over the global batch (Eq. 14)."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+
+
+class Learner:
+    """The mutable state of a run: weights, optimiser, EMA."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.schedule = Schedule.from_config(config.schedule)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.derive_seed(config.seed, "weights"))
+            model = UNet(config.model)
+        self.model: nn.Module = model.to(device)
+        self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
+        adam = config.optimizer
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=adam.learning_rate, betas=adam.adam_betas, eps=adam.adam_eps
+        )
+        self._parameters = dict(self.model.named_parameters())
+
+    def step(self, step: int, micro_batches: Sequence[Samples], world: World) -> StepResult:
+        """Algorithm 1 for the global batch of `step` (zero-based), of which these micro-batches are our part.
+
+        Raises `TrainingError` where the loss or gradient is not finite; the weights are then untouched.
+        """
+        config = self.config
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=False)
+        for part in micro_batches:
+            loss_sum += self._backward(step, part)
+        loss, grad_norm = self._reduce(loss_sum, world)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingError(
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: training diverged; "
+                f"lower optimizer.learning_rate ({config.optimizer.learning_rate}) or lengthen "
+                f"optimizer.warmup_steps ({config.optimizer.warmup_steps})"
+            )
+        rate = learning_rate(config.optimizer, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        scale = min(1.0, config.optimizer.grad_clip / (grad_norm + 1e-6))
+        if scale < 1:
+            torch._foreach_mul_(self._gradients(), scale)
+        self.optimizer.step()
+        self.ema.update(self.model, step)
+        return StepResult(loss, grad_norm, rate)
+
+    def _backward(self, step: int, part: Samples) -> Tensor:
+        config = self.config
+        index = part.index.to(self.device)
+        x_start = part.x_start.to(self.device, non_blocking=True)
+        t = draw_timesteps(self.schedule, config.seed, index)
+        noise = rng.normal(config.seed, "noise", index, tuple(x_start.shape[1:]))
+        torch.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
+        losses = simple_loss(self.model, self.schedule, x_start, t, noise)
+        (losses.sum() / config.train.batch_size).backward()
+        return losses.detach().double().sum()
+
+    def _reduce(self, loss_sum: Tensor, world: World) -> tuple[float, float]:
+        """Sum gradients and losses over the workers: one flat all-reduce, the same bits on every resume."""
+        gradients = self._gradients()
+        if world.size > 1:
+            # the loss travels in two floats, so that it keeps more than float32's digits
+            high = loss_sum.float()
+            low = (loss_sum - high.double()).float()
+            flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), high[None], low[None]])
+            world.all_reduce(flat)
+            start = 0
+            for gradient in gradients:
+                gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+                start += gradient.numel()
+            loss_sum = flat[-2].double() + flat[-1].double()
+        norms = torch.stack(torch._foreach_norm(gradients)).double()
+        return float(loss_sum) / self.config.train.batch_size, float(torch.linalg.vector_norm(norms))
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        assert len(gradients) == len(self._parameters)
+        return gradients
+
+    def averaged(self) -> nn.Module:
+        """A copy of the network with the EMA's weights, for evaluation."""
+        model = UNet(self.config.model).to(self.device)
+        self.ema.copy_to(model)
+        return model.eval().requires_grad_(False)
+
+    def state(self, step: int) -> State:
+        """The state after `step` steps."""
+        optimizer: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                optimizer[f"{key}/{name}"] = value
+        return State(
+            step,
+            {
+                "weights": dict(self.model.state_dict()),
+                "ema": dict(self.ema.tensors),
+                "optimizer": optimizer,
+            },
+        )
+
+    def load(self, state: State) -> None:
+        """Go back to a saved state; raises `CheckpointError` where it is another network's."""
+        try:
+            self.model.load_state_dict(state.groups["weights"])
+            self.ema.load(state.groups["ema"])
+        except (RuntimeError, KeyError, ValueError):
+            raise CheckpointError(
+                f"the checkpoint at step {state.step} holds another network than model describes"
+            ) from None
+        slots = {key: tensor.to(self.device) for key, tensor in state.groups["optimizer"].items()}
+        for name, parameter in self._parameters.items():
+            self.optimizer.state[parameter] = {
+                # Adam's own step counter stays on the CPU, as torch keeps it
+                key: slots[f"{key}/{name}"].cpu() if key == "step" else slots[f"{key}/{name}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}/{name}" in slots
+            }
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Linear warm-up to the constant rate; `step` is zero-based."""
+    if config.warmup_steps == 0:
+        return config.learning_rate
+    return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
+
+
+def streams_of(rank: int, world_size: int, num_streams: int) -> list[int]:
+    """The micro-batches that a worker takes: a consecutive piece, so that a node needs few shards."""
+    return list(range(rank * num_streams // world_size, (rank + 1) * num_streams // world_size))
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and at the last one, is due after `step` steps."""
+    return step % every == 0 or step == last

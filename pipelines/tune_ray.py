@@ -1,0 +1,90 @@
+"""A sweep on a Ray cluster, by Ray Tune: each trial is a training run of its own."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from pipelines.config import Config, parse_config
+from pipelines.errors import one_line
+from pipelines.storage import Storage, open_storage
+from pipelines.train import claim, open_run
+from pipelines.tuning import Trial, own_point, trial_config, trial_schedule
+
+log = logging.getLogger(__name__)
+
+
+def _trial(params: dict[str, Any], base: str, storage_uri: str, parent_run_id: str | None) -> None:
+    """One trial: the driver of a training run, which goes on from its own checkpoints if there are any."""
+    from pipelines.train_ray import fit
+
+    config = trial_config(parse_config(base), open_storage(storage_uri), params)
+    run = open_run(config)
+    claim(run)
+    fit(config, callbacks=[TuneReportCallback()], parent_run_id=parent_run_id)
+
+
+def run_sweep(config: Config, storage: Storage, parent_run_id: str | None) -> list[Trial]:
+    """Run the trials on the connected cluster, and say how each ended."""
+    settings = config.tune
+    own = own_point(config.schedule)
+    with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(
+                    _trial, base=config.to_yaml(), storage_uri=storage.uri, parent_run_id=parent_run_id
+                ),
+                # a driver only waits for its workers, and Tune asks for more than nothing
+                {"CPU": 0.01},
+            ),
+            param_space={
+                "num_timesteps": tune.choice(list(settings.num_timesteps)),
+                "beta_start": tune.loguniform(*settings.beta_start),
+                "beta_end": tune.loguniform(*settings.beta_end),
+            },
+            tune_config=tune.TuneConfig(
+                num_samples=settings.num_trials,
+                max_concurrent_trials=settings.max_concurrent,
+                search_alg=BasicVariantGenerator(
+                    points_to_evaluate=[own] if own else None, random_state=settings.seed
+                ),
+                scheduler=ASHAScheduler(
+                    time_attr="step",
+                    metric="bits_per_dim",
+                    mode="min",
+                    max_t=settings.steps,
+                    grace_period=min(settings.grace_steps, settings.steps),
+                    reduction_factor=settings.reduction_factor,
+                ),
+            ),
+            run_config=tune.RunConfig(storage_path=scratch, name=config.name, verbose=0),
+        )
+        results = tuner.fit()
+    return [_outcome(config, storage, result) for result in results]
+
+
+def _outcome(config: Config, storage: Storage, result: Any) -> Trial:
+    params, metrics = result.config, result.metrics or {}
+    schedule = trial_schedule(params)
+    step = int(metrics.get("step", 0))
+    if result.error:
+        status = "failed"
+    else:
+        status = "completed" if step >= config.tune.steps else "stopped"
+    return Trial(
+        num_timesteps=schedule.num_timesteps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        status=status,
+        step=step,
+        bits_per_dim=metrics.get("bits_per_dim"),
+        stderr=metrics.get("bits_per_dim_stderr"),
+        run=open_run(trial_config(config, storage, params)).storage.uri,
+        error=one_line(result.error) if result.error else None,
+    )

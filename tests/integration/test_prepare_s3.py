@@ -1,0 +1,168 @@
+"""Preparing onto and reading from an S3 server over HTTP (moto's, in this process: an emulator)."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+import torch
+import webdataset
+from moto.server import ThreadedMotoServer
+
+from pipelines.adapters.s3 import S3Storage
+from pipelines.dataset import DataError, Dataset
+from pipelines.errors import UserError
+from pipelines.prepare import prepare
+from pipelines.reader import StreamBatches, read_split
+from pipelines.storage import StorageError, open_storage
+from tests.support.data import random_images, write_image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """An empty bucket of the test's own, and an environment that leads to it."""
+    for name, value in (
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    name = request.node.name.replace("_", "-").lower()[:50].strip("-")
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    for number, pixels in enumerate(random_images(120)):
+        write_image(root / ("cat" if number % 2 else "größe") / f"{number:03d}.png", pixels[0])
+    return root
+
+
+def test_a_data_set_comes_to_s3_as_it_comes_to_a_disk(
+    bucket: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"s3://{bucket}/data/photos"
+    there = prepare(str(photos), uri, shard_count=5)
+    out = tmp_path / "out"
+    here = prepare(str(photos), str(out), shard_count=5)
+    assert there == here
+    storage = open_storage(uri)
+    assert {info.key: storage.get(info.key) for info in storage.list()} == {
+        path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
+    # any WebDataset reader reads them: here webdataset itself, from the bytes that S3 gives back
+    seen = 0
+    for info in storage.list("train/"):
+        if info.key.endswith(".tar"):
+            (tmp_path / "copy.tar").write_bytes(storage.get(info.key))
+            seen += sum(1 for _ in webdataset.WebDataset(str(tmp_path / "copy.tar"), shardshuffle=False))
+    assert seen == there.count("train")
+    # a second call writes nothing
+    for method in ("put", "put_if_absent"):
+        monkeypatch.setattr(S3Storage, method, lambda *_: pytest.fail("the work was done already"))
+    assert prepare(str(photos), uri, shard_count=5) == there
+
+
+def test_streams_read_from_s3_what_they_read_from_a_disk(bucket: str, photos: Path, tmp_path: Path) -> None:
+    there = prepare(str(photos), f"s3://{bucket}/x", samples_per_shard=16)
+    here = prepare(str(photos), str(tmp_path / "out"), samples_per_shard=16)
+    batches = []
+    for dataset in (Dataset.load(there.uri), here):
+        with StreamBatches(
+            dataset, "train", seed=1, num_streams=3, streams=[0, 2], micro_batch_size=8, start_step=4
+        ) as stream:
+            batches.append([next(stream) for _ in range(6)])
+    for one, two in zip(*batches, strict=True):
+        assert all(torch.equal(a.x_start, b.x_start) for a, b in zip(one, two, strict=True))
+    assert all(
+        a[0] == b[0] and np.array_equal(a[1], b[1]) and a[2] == b[2]
+        for a, b in zip(read_split(there, "test"), read_split(here, "test"), strict=True)
+    )
+
+
+def test_a_preparation_that_is_killed_is_completed(bucket: str, photos: Path, tmp_path: Path) -> None:
+    uri = f"s3://{bucket}/x"
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, signal, sys\n"
+            "from pipelines.prepare import prepare\n"
+            "def progress(done, total):\n"
+            "    if done == 50: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "prepare(sys.argv[1], sys.argv[2], samples_per_shard=16, progress=progress)\n",
+            str(photos),
+            uri,
+        ],
+        cwd=ROOT,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    left = {info.key for info in open_storage(uri).list()}
+    assert "train/shard-000002.index.parquet" in left
+    assert "dataset.json" not in left
+    with pytest.raises(DataError, match="no finished data set"):
+        Dataset.load(uri)
+    assert prepare(str(photos), uri, samples_per_shard=16) == prepare(
+        str(photos), str(tmp_path / "undisturbed"), samples_per_shard=16
+    )
+
+
+def test_four_at_once_make_one_data_set(bucket: str, photos: Path) -> None:
+    uri = f"s3://{bucket}/x"
+    made: list[Dataset] = []
+    threads = [threading.Thread(target=lambda: made.append(prepare(str(photos), uri))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4
+    assert {dataset.identity for dataset in made} == {Dataset.load(uri).identity}
+    assert len(list(read_split(made[0], "train"))) == made[0].count("train")
+
+
+def test_a_bad_image_leaves_no_object(bucket: str, photos: Path) -> None:
+    (photos / "cat" / "bad.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cat/bad\.png: it is empty"):
+        prepare(str(photos), f"s3://{bucket}/x", samples_per_shard=8, channels=1)
+    assert open_storage(f"s3://{bucket}/x").list() == []
+
+
+def test_an_altered_or_missing_object_is_named_with_its_address(bucket: str, photos: Path) -> None:
+    dataset = prepare(str(photos), f"s3://{bucket}/x", samples_per_shard=16)
+    key = dataset.splits["train"][1].key
+    dataset.storage.put(key, dataset.storage.get(key)[:-1])
+    with pytest.raises(DataError, match=f"s3://{bucket}/x/{key}: is damaged"):
+        list(read_split(dataset, "train"))
+    dataset.storage.delete([key])
+    with pytest.raises(DataError, match=f"s3://{bucket}/x/{key}: is missing"):
+        list(read_split(dataset, "train"))
+
+
+def test_a_bucket_that_is_not_there_is_named(bucket: str, photos: Path) -> None:
+    with pytest.raises(StorageError, match="no bucket 'nowhere'"):
+        prepare(str(photos), "s3://nowhere/x")
+    with pytest.raises(StorageError, match="no bucket 'nowhere'"):
+        Dataset.load("s3://nowhere/x")

@@ -1,0 +1,136 @@
+"""Small data sets, image folders and failing storage for the tests of the data plane."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.dataset import FORMAT, RECORD_KEY, SHARDS_KEY, VERSION, Dataset, Shard, shards_to_parquet
+from pipelines.images import encode_png
+from pipelines.shards import PackedShard, Sample, pack, sha256
+from pipelines.storage import ObjectInfo, Storage, open_storage
+
+
+def random_images(count: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def write_image(path: Path, pixels: NDArray[np.uint8], **options: object) -> None:
+    """One image file of the kind that the suffix says; `pixels` is [H, W] or [H, W, 3]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)  # type: ignore[arg-type]
+
+
+def image_bytes(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    with io.BytesIO() as file:
+        picture.save(file, format=kind, **options)
+        return file.getvalue()
+
+
+def packed(images: NDArray[np.uint8], first: int = 0) -> PackedShard:
+    return pack(
+        Sample(f"sample-{first + number:06d}", encode_png(image), number % 10)
+        for number, image in enumerate(images)
+    )
+
+
+def put_dataset(
+    uri: str | Path, shards: dict[str, Sequence[PackedShard]], shape: tuple[int, int, int]
+) -> Dataset:
+    """A data set of ready-made shards, which may be wrong in every way but their hashes."""
+    storage = open_storage(str(uri))
+    rows = []
+    for split, members in shards.items():
+        for number, shard in enumerate(members):
+            key, index_key = f"{split}/shard-{number:06d}.tar", f"{split}/shard-{number:06d}.index.parquet"
+            storage.put(key, shard.tar)
+            storage.put(index_key, shard.index)
+            hashes = sha256(shard.tar), sha256(shard.index)
+            rows.append(Shard(split, key, index_key, shard.count, len(shard.tar), *hashes))
+    listing = shards_to_parquet(rows)
+    storage.put(SHARDS_KEY, listing)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": "test data",
+        "shape": list(shape),
+        "levels": 256,
+        "classes": [str(number) for number in range(10)],
+        "splits": {
+            split: {"count": sum(s.count for s in members), "shards": len(members)}
+            for split, members in shards.items()
+        },
+        "preparation": {},
+        "shards_sha256": sha256(listing),
+    }
+    storage.put(RECORD_KEY, json.dumps(record).encode())
+    return Dataset.load(str(uri))
+
+
+def dataset_of(
+    uri: str | Path, counts: Sequence[int], shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0
+) -> tuple[Dataset, NDArray[np.uint8]]:
+    """A data set with these train shards (and three test samples), and its train images in stored order."""
+    images = random_images(sum(counts), shape, seed)
+    starts = np.cumsum([0, *counts])
+    train = [packed(images[a:b], int(a)) for a, b in pairwise(starts)]
+    return put_dataset(uri, {"train": train, "test": [packed(images[:3])]}, shape), images
+
+
+class WatchedStorage:
+    """A storage that counts what is read and written, and lets a test change or refuse it."""
+
+    def __init__(
+        self,
+        inner: Storage,
+        on_get: Callable[[str, bytes, int], bytes] | None = None,
+        on_put: Callable[[str], None] | None = None,
+    ) -> None:
+        self.inner = inner
+        self.gets: Counter[str] = Counter()
+        self.puts: list[str] = []
+        self._on_get = on_get or (lambda key, data, time: data)
+        self._on_put = on_put or (lambda key: None)
+
+    @property
+    def uri(self) -> str:
+        return self.inner.uri
+
+    def child(self, *parts: str) -> Storage:
+        return self.inner.child(*parts)
+
+    def get(self, key: str) -> bytes:
+        self.gets[key] += 1
+        return self._on_get(key, self.inner.get(key), self.gets[key])
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        return self.inner.get_range(key, start, length)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._on_put(key)
+        self.inner.put(key, data)
+        self.puts.append(key)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self._on_put(key)
+        won = self.inner.put_if_absent(key, data)
+        if won:
+            self.puts.append(key)
+        return won
+
+    def exists(self, key: str) -> bool:
+        return self.inner.exists(key)
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        return self.inner.list(prefix)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        self.inner.delete(keys)

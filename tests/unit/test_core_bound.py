@@ -1,0 +1,395 @@
+"""The variational bound: the decoder, every term in closed form, and the estimate."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_core import (
+    BoundAccumulator,
+    BoundEstimate,
+    EpsTheta,
+    Schedule,
+    ScheduleConfig,
+    VarianceType,
+    bound_term,
+    discretized_gaussian_log_likelihood,
+    prior_term,
+)
+from ddpm_core.bound import stratify
+from tests.support.oracles import GaussianData, full, symmetric_grid, symmetric_grid_at_every_t
+
+LINEAR = Schedule.from_config(ScheduleConfig())
+COSINE = Schedule.from_config(ScheduleConfig(kind="cosine"))
+SHORT = Schedule.from_config(ScheduleConfig(num_timesteps=20, beta_start=0.005, beta_end=0.7))
+DATA = GaussianData(0.25)
+VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_small", "fixed_large")
+
+
+def _levels(levels: int) -> Tensor:
+    return torch.linspace(-1, 1, levels, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 17, 256])
+@pytest.mark.parametrize("log_scale", [-9.0, -4.9, -1.0, 0.0, 2.0])
+@pytest.mark.parametrize("mean", [-1.3, -0.999, 0.0, 0.31, 5.0])
+def test_decoder_masses_sum_to_one(levels: int, log_scale: float, mean: float) -> None:
+    x = _levels(levels)
+    got = discretized_gaussian_log_likelihood(
+        x, torch.full_like(x, mean), torch.tensor(log_scale, dtype=torch.float64), levels
+    )
+    assert bool(got.isfinite().all())
+    assert float(got.exp().sum()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_decoder_masses_are_integrals_of_the_density() -> None:
+    x, mean, sigma = _levels(17), 0.17, 0.2
+    grid = torch.linspace(-1 / 16, 1 / 16, 2_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * ((x[1:-1, None] + grid - mean) / sigma) ** 2) / (
+        sigma * math.sqrt(2 * math.pi)
+    )
+    integral = torch.trapezoid(density, grid, dim=1)
+    got = discretized_gaussian_log_likelihood(
+        x, torch.tensor(mean, dtype=torch.float64), torch.tensor(math.log(sigma), dtype=torch.float64), 17
+    )
+    torch.testing.assert_close(got[1:-1].exp(), integral, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_scale", [-12.0, -5.0, -1.0, 3.0])
+def test_decoder_gradients_are_finite_everywhere(dtype: torch.dtype, log_scale: float) -> None:
+    x = _levels(256).to(dtype)[:, None].expand(256, 9)
+    mean = torch.tensor([-30.0, -1.5, -1.0, -0.3, 0.0, 1 / 255, 1.0, 1.5, 30.0], dtype=dtype).requires_grad_()
+    scale = torch.tensor(log_scale, dtype=dtype, requires_grad=True)
+    value = discretized_gaussian_log_likelihood(x, mean, scale, 256)
+    assert value.dtype == dtype
+    value.sum().backward()
+    assert mean.grad is not None
+    assert scale.grad is not None
+    assert bool(value.isfinite().all() & mean.grad.isfinite().all() & scale.grad.isfinite())
+
+
+def test_decoder_gradient_is_the_derivative() -> None:
+    x = _levels(17)
+    mean = (x + 0.13 * torch.cos(7 * x)).requires_grad_()
+    scale = torch.full_like(x, -2.0).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda m, s: discretized_gaussian_log_likelihood(x, m, s, 17), (mean, scale)
+    )
+
+
+def test_decoder_keeps_digits_far_out_in_the_tail() -> None:
+    """At 50 σ, ln(Φ(b) − Φ(a)) with a = −50.5, b = −49.5 is ln φ(49.5)/49.5 and a small correction."""
+    sigma = 2 / 16
+    got = discretized_gaussian_log_likelihood(
+        torch.tensor([0.0], dtype=torch.float64),
+        torch.tensor([50 * sigma], dtype=torch.float64),
+        torch.tensor(math.log(sigma), dtype=torch.float64),
+        17,
+    )
+    mills = 1 / 49.5 - 1 / 49.5**3 + 3 / 49.5**5 - 15 / 49.5**7
+    expected = -0.5 * 49.5**2 - 0.5 * math.log(2 * math.pi) + math.log(mills)
+    assert float(got) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_consistency_terms_in_closed_form(schedule: Schedule, variance_type: VarianceType) -> None:
+    x_start, noise, t = symmetric_grid_at_every_t(DATA, schedule)
+    terms = bound_term(
+        DATA.eps_theta(schedule),
+        schedule,
+        x_start,
+        t,
+        noise,
+        levels=17,
+        variance_type=variance_type,
+        clip=False,
+    )
+    got = terms.reshape(1000, 4).mean(1)
+    expected = DATA.consistency_terms(schedule, variance_type)
+    torch.testing.assert_close(got[1:], expected[1:], rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_the_bound_is_the_entropy_plus_the_divergence_of_the_chains(variance_type: VarianceType) -> None:
+    """E[−ELBO] = H(data) + KL(q(x_0, ..., x_T) ‖ p_θ(x_0, ..., x_T)), both joint Gaussians, taken whole."""
+    num = SHORT.num_timesteps
+    eps_star = DATA.eps_theta(SHORT)
+    x_start, noise = symmetric_grid(DATA)
+    levels = 2**16 + 1  # bins so narrow that a mass is the density times the bin's width
+    sigma_squared = SHORT.model_log_variance(variance_type).exp()
+    terms = [
+        bound_term(
+            eps_star,
+            SHORT,
+            x_start,
+            full(t, x_start),
+            noise,
+            levels=levels,
+            variance_type=variance_type,
+            clip=False,
+        ).mean()
+        for t in range(num)
+    ]
+    bound = float(sum(terms) + prior_term(SHORT, x_start).mean()) * math.log(2) + math.log(2 / (levels - 1))
+
+    q = torch.zeros(num + 1, num + 1, dtype=torch.float64)
+    p = torch.zeros_like(q)
+    q[0, 0], p[num, num] = DATA.variance, 1.0
+    for t in range(num):
+        step = SHORT.alphas[t].sqrt()
+        q[t + 1, : t + 1] = q[: t + 1, t + 1] = step * q[t, : t + 1]
+        q[t + 1, t + 1] = SHORT.alphas[t] * q[t, t] + SHORT.betas[t]
+    slopes = DATA.ancestral_slopes(SHORT)
+    for t in reversed(range(num)):
+        p[t, t + 1 :] = p[t + 1 :, t] = slopes[t] * p[t + 1, t + 1 :]
+        p[t, t] = slopes[t] ** 2 * p[t + 1, t + 1] + sigma_squared[t]
+    kl = 0.5 * (torch.linalg.solve(p, q).trace() - (num + 1) + torch.logdet(p) - torch.logdet(q))
+    entropy = 0.5 * math.log(2 * math.pi * math.e * DATA.variance)
+    assert bound == pytest.approx(float(kl) + entropy, rel=1e-6)
+    assert float(kl) > 0.01
+
+
+def test_prior_term_is_the_gaussian_divergence() -> None:
+    x_start, _ = symmetric_grid(DATA)
+    q = torch.distributions.Normal(
+        SHORT.alphas_cumprod[-1].sqrt() * x_start.flatten(), (1 - SHORT.alphas_cumprod[-1]).sqrt()
+    )
+    p = torch.distributions.Normal(torch.zeros(4, dtype=torch.float64), 1.0)
+    expected = torch.distributions.kl_divergence(q, p) / math.log(2)
+    torch.testing.assert_close(prior_term(SHORT, x_start), expected)
+
+
+def test_a_term_at_zero_is_the_decoder() -> None:
+    x_start = _levels(17)[torch.arange(34) % 17].reshape(2, 1, 1, 17)
+    noise = torch.randn(2, 1, 1, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = bound_term(
+        lambda x, t: 0.9 * x,
+        SHORT,
+        x_start,
+        full(0, x_start),
+        noise,
+        levels=17,
+        variance_type="fixed_small",
+        clip=False,
+    )
+    a = SHORT.alphas[0]
+    x_1 = a.sqrt() * x_start + (1 - a).sqrt() * noise
+    pred_x_start = (x_1 - (1 - a).sqrt() * 0.9 * x_1) / a.sqrt()
+    log_scale = 0.5 * SHORT.posterior_variance[1].log()
+    nats = -discretized_gaussian_log_likelihood(x_start, pred_x_start, log_scale, 17).flatten(1).mean(1)
+    torch.testing.assert_close(got, nats / math.log(2))
+
+
+def test_terms_of_a_mixed_batch_are_those_of_each_sample() -> None:
+    x_start = _levels(17)[torch.arange(51) % 17].reshape(3, 1, 1, 17).float()
+    noise = torch.randn(3, 1, 1, 17, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([5, 0, 19])
+
+    def terms(rows: slice) -> Tensor:
+        return bound_term(
+            _some_network, SHORT, x_start[rows], t[rows], noise[rows], levels=17, variance_type="fixed_large"
+        )
+
+    together = terms(slice(None))
+    assert together.dtype == torch.float32
+    for row in range(3):
+        torch.testing.assert_close(terms(slice(row, row + 1)), together[row : row + 1])
+
+
+def test_clip_limits_pred_x_start() -> None:
+    """A network that is far off: with clip, x̂_0 is ±1, and the term is that of x̂_0 = ±1."""
+    x_start = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64)
+    noise = torch.zeros_like(x_start)
+    t = full(10, x_start)
+    got = bound_term(
+        lambda x, t: torch.full_like(x, -1e3),
+        SHORT,
+        x_start,
+        t,
+        noise,
+        levels=17,
+        variance_type="fixed_small",
+        clip=True,
+    )
+    a, b = SHORT.alphas_cumprod[10], SHORT.alphas_cumprod[9]
+    snr_difference = b / (1 - b) - a / (1 - a)
+    expected = 0.5 * snr_difference * (1.0 - 0.5) ** 2 / math.log(2)
+    torch.testing.assert_close(got, expected.expand(2))
+
+
+def test_bound_term_is_differentiable() -> None:
+    scale = torch.tensor(0.5, requires_grad=True)
+    x_start = torch.full((2, 1, 2, 2), 1.0)
+    bound_term(
+        lambda x, t: scale * x,
+        SHORT,
+        x_start,
+        torch.tensor([0, 7]),
+        torch.ones_like(x_start),
+        levels=17,
+        variance_type="fixed_small",
+        clip=False,
+    ).sum().backward()
+    assert scale.grad is not None
+    assert bool(scale.grad.isfinite())
+    assert float(scale.grad) != 0
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, SHORT], ids=["linear", "cosine", "short"])
+@pytest.mark.parametrize("num_strata", [1, 2, 7, 19])
+def test_strata_cut_all_of_it(schedule: Schedule, num_strata: int) -> None:
+    edges = stratify(schedule, num_strata)
+    assert edges.shape == (num_strata + 1,)
+    assert int(edges[0]) == 1
+    assert int(edges[-1]) == schedule.num_timesteps
+    assert bool((edges.diff() >= 1).all())
+
+
+def test_one_stratum_a_timestep() -> None:
+    assert stratify(SHORT, 19).tolist() == list(range(1, 21))
+    assert stratify(LINEAR, 999).tolist() == list(range(1, 1001))
+
+
+def _some_network(x_t: Tensor, t: Tensor) -> Tensor:
+    return 0.7 * x_t + 0.01 * t.to(x_t.dtype).reshape(-1, 1, 1, 1) * x_t.square()
+
+
+def _images(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return _levels(17)[torch.randint(17, (count, 1, 2, 2), generator=generator)]
+
+
+def _accumulate(
+    splits: list[Tensor], *, num_strata: int, seed: int = 0, network: EpsTheta = _some_network
+) -> BoundEstimate:
+    total = BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=num_strata, seed=seed)
+    states = []
+    for index in splits:
+        part = BoundAccumulator(
+            SHORT, levels=17, variance_type="fixed_small", num_strata=num_strata, seed=seed
+        )
+        part.add(network, _images(1000)[index % 1000], index)
+        states.append(part.state())
+    total.load_state(torch.stack(states).sum(0))
+    return total.result()
+
+
+def _numbers(estimate: BoundEstimate) -> list[float]:
+    return [v for v in vars(estimate).values() if not isinstance(v, list)] + estimate.per_t
+
+
+def test_the_estimate_does_not_depend_on_the_division_of_images() -> None:
+    index = torch.arange(100)
+    whole = _accumulate([index], num_strata=5)
+    for splits in ([index[:1], index[1:]], list(index.flip(0).split(7)), [index[::2], index[1::2]]):
+        other = _accumulate(splits, num_strata=5)
+        assert other.num_images == 100
+        assert _numbers(other) == pytest.approx(_numbers(whole), rel=1e-10, nan_ok=True)
+
+
+def test_the_estimate_is_unbiased() -> None:
+    """One t a stratum, many times over, against every t once with many ε."""
+    index = torch.arange(20_000)
+    exhaustive = _accumulate([index], num_strata=1000)
+    for num_strata in (1, 4):
+        estimate = _accumulate([index], num_strata=num_strata, seed=1)
+        for name in ("reconstruction", "consistency", "total"):
+            difference = getattr(estimate, name) - getattr(exhaustive, name)
+            stderr = math.hypot(getattr(estimate, name + "_stderr"), getattr(exhaustive, name + "_stderr"))
+            assert abs(difference) < 5 * stderr, name
+            assert stderr < 0.1 * getattr(exhaustive, name)
+    assert sum(exhaustive.per_t[1:]) == pytest.approx(exhaustive.consistency)
+    assert exhaustive.per_t[0] == pytest.approx(exhaustive.reconstruction)
+    assert exhaustive.total == pytest.approx(
+        exhaustive.reconstruction + exhaustive.consistency + exhaustive.prior
+    )
+
+
+def test_the_estimate_for_gaussian_data_in_closed_form() -> None:
+    """x_0 = ±s has the data's second moment, so that consistency and prior are those of Gaussian data."""
+    estimate_of = BoundAccumulator(
+        SHORT, levels=5, variance_type="fixed_large", num_strata=6, seed=0, clip=False
+    )
+    index = torch.arange(4000)
+    sign = (index % 2 * 2 - 1).double().reshape(-1, 1, 1, 1)
+    estimate_of.add(DATA.eps_theta(SHORT), sign * 0.5, index)
+    estimate = estimate_of.result()
+    expected = float(DATA.consistency_terms(SHORT, "fixed_large")[1:].sum())
+    assert abs(estimate.consistency - expected) < 5 * estimate.consistency_stderr
+    assert estimate.consistency_stderr < 0.05 * expected
+    assert estimate.prior == pytest.approx(float(prior_term(SHORT, sign[:1] * 0.5)))
+
+
+def test_standard_errors_come_from_the_totals_of_images() -> None:
+    index = torch.arange(50)
+    singles = [_accumulate([i[None]], num_strata=3) for i in index]
+    together = _accumulate([index], num_strata=3)
+    for name in ("reconstruction", "consistency", "prior", "total"):
+        values = torch.tensor([getattr(single, name) for single in singles], dtype=torch.float64)
+        assert getattr(together, name) == pytest.approx(float(values.mean()), rel=1e-9)
+        expected = float(values.std() / math.sqrt(50))
+        assert getattr(together, name + "_stderr") == pytest.approx(expected, rel=1e-6)
+    assert math.isnan(singles[0].total_stderr)
+
+
+def test_per_t_is_nan_where_nothing_was_drawn() -> None:
+    estimate = _accumulate([torch.arange(2)], num_strata=2)
+    assert len(estimate.per_t) == 20
+    assert 1 <= sum(not math.isnan(v) for v in estimate.per_t[1:]) <= 4
+    assert not math.isnan(estimate.per_t[0])
+
+
+def test_a_schedule_of_one_step_has_two_terms() -> None:
+    one = Schedule.from_config(ScheduleConfig(num_timesteps=1, beta_start=0.5, beta_end=0.5))
+    accumulator = BoundAccumulator(one, levels=17, variance_type="fixed_small", num_strata=8, seed=0)
+    accumulator.add(_some_network, _images(3), torch.arange(3))
+    estimate = accumulator.result()
+    assert estimate.consistency == 0.0
+    assert estimate.total == pytest.approx(estimate.reconstruction + estimate.prior)
+
+
+def test_adding_keeps_no_graph() -> None:
+    weight = torch.tensor(0.5, requires_grad=True, dtype=torch.float64)
+    accumulator = BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=2, seed=0)
+    accumulator.add(lambda x, t: weight * x, _images(2), torch.arange(2))
+    assert not accumulator.state().requires_grad
+
+
+def test_sigma_of_zero_is_refused_by_name() -> None:
+    x = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"^log_scale: .*sigma of 0"):
+        discretized_gaussian_log_likelihood(x, x, torch.log(x), 17)
+    with pytest.raises(ValueError, match=r"^variance_type: .*'zero'"):
+        BoundAccumulator(SHORT, levels=17, variance_type="zero", num_strata=2, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        (
+            "levels",
+            lambda: BoundAccumulator(SHORT, levels=1, variance_type="fixed_small", num_strata=2, seed=0),
+        ),
+        (
+            "num_strata",
+            lambda: BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=0, seed=0),
+        ),
+        ("num_strata", lambda: stratify(SHORT, 20)),
+        ("index", lambda: _accumulator().add(_some_network, _images(2), torch.tensor([0.0, 1.0]))),
+        ("x_start", lambda: _accumulator().add(_some_network, _images(2), torch.arange(3))),
+        ("x_start", lambda: _accumulator().add(_some_network, _images(2).to(torch.uint8), torch.arange(2))),
+        ("state", lambda: _accumulator().load_state(torch.zeros(3))),
+        ("state", lambda: _accumulator().result()),
+        ("eps_theta's output", lambda: _accumulator().add(lambda x, t: x[:1], _images(2), torch.arange(2))),
+    ],
+)
+def test_errors_name_the_argument(name: str, call) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        call()
+
+
+def _accumulator() -> BoundAccumulator:
+    return BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=2, seed=0)

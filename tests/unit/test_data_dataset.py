@@ -1,0 +1,112 @@
+"""Loading a data set's record: what it refuses, and what its identity depends on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.dataset import DataError, Dataset, shards_from_parquet, shards_to_parquet
+from tests.support.data import dataset_of
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    dataset_of(tmp_path / "set", [4, 3])
+    return tmp_path / "set"
+
+
+def refusal(prefix: Path) -> str:
+    with pytest.raises(DataError) as error:
+        Dataset.load(str(prefix))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit(prefix: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    record = json.loads((prefix / "dataset.json").read_text())
+    change(record)
+    (prefix / "dataset.json").write_text(json.dumps(record))
+
+
+def test_identity_is_of_the_content_and_not_of_the_place_or_the_spelling(
+    prefix: Path, tmp_path: Path
+) -> None:
+    first = Dataset.load(str(prefix))
+    assert len(first.identity) == 64
+    shutil.copytree(prefix, tmp_path / "elsewhere")
+    record = json.loads((prefix / "dataset.json").read_text())
+    (tmp_path / "elsewhere/dataset.json").write_text(json.dumps(dict(reversed(record.items())), indent=7))
+    assert Dataset.load(f"file://{tmp_path}/elsewhere").identity == first.identity
+    edit(prefix, lambda record: record.update(name="another"))
+    assert Dataset.load(str(prefix)).identity != first.identity
+
+
+def test_where_there_is_none_the_way_to_make_one_is_told(tmp_path: Path) -> None:
+    line = refusal(tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in line
+    assert "ddpm prepare" in line
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_an_unknown_version_is_refused_with_both_named(prefix: Path, version: Any) -> None:
+    edit(prefix, lambda record: record.update(version=version))
+    line = refusal(prefix)
+    assert f"version {version!r}" in line
+    assert "reads version 1" in line
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "another"}', '{"version": 1}', "\xff"])
+def test_what_is_no_record_is_refused(prefix: Path, text: str) -> None:
+    (prefix / "dataset.json").write_bytes(text.encode("latin-1"))
+    assert "dataset.json: is not the record of a data set" in refusal(prefix)
+
+
+@pytest.mark.parametrize("field", ["shape", "levels", "classes", "splits", "shards_sha256", "name"])
+def test_a_record_that_lacks_a_field_names_it(prefix: Path, field: str) -> None:
+    edit(prefix, lambda record: record.pop(field))
+    assert field in refusal(prefix)
+
+
+def test_a_record_with_impossible_values_is_refused(prefix: Path) -> None:
+    edit(prefix, lambda record: record.update(levels=1))
+    assert "levels: must be 2..256, got 1" in refusal(prefix)
+    edit(prefix, lambda record: record.update(levels=256, shape=[8, 8]))
+    assert "is damaged" in refusal(prefix)
+
+
+def test_the_list_of_shards_must_be_the_one_the_record_names(prefix: Path, tmp_path: Path) -> None:
+    whole = (prefix / "shards.parquet").read_bytes()
+    dataset_of(tmp_path / "other", [4, 3], seed=1)
+    for wrong in (
+        whole[:-1],
+        bytes([whole[0] ^ 1]) + whole[1:],
+        (tmp_path / "other/shards.parquet").read_bytes(),
+    ):
+        (prefix / "shards.parquet").write_bytes(wrong)
+        line = refusal(prefix)
+        assert "shards.parquet" in line
+        assert "SHA-256" in line
+    (prefix / "shards.parquet").unlink()
+    assert "shards.parquet: is missing" in refusal(prefix)
+
+
+def test_counts_that_disagree_are_refused(prefix: Path) -> None:
+    edit(prefix, lambda record: record["splits"]["train"].update(count=8))
+    assert "lists 7 train samples, and dataset.json says 8" in refusal(prefix)
+
+
+def test_a_split_that_is_not_there_is_named(prefix: Path) -> None:
+    with pytest.raises(DataError, match="no split 'val', only test, train"):
+        Dataset.load(str(prefix)).count("val")
+
+
+def test_the_list_of_shards_keeps_every_field(prefix: Path) -> None:
+    shards = [*Dataset.load(str(prefix)).splits["train"]]
+    assert shards_from_parquet(shards_to_parquet(shards)) == shards
+    with pytest.raises(ValueError, match="Parquet"):
+        shards_from_parquet(b"no")

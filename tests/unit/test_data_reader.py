@@ -1,0 +1,413 @@
+"""Reading shards and streams: nothing altered is accepted, every batch has its place, memory stays flat."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_core import rng
+from pipelines.cache import WeightedLRU
+from pipelines.dataset import DataError, Dataset
+from pipelines.images import encode_png, to_model
+from pipelines.order import Order
+from pipelines.reader import MicroBatch, ShardReader, StreamBatches, read_split
+from pipelines.shards import PackedShard, Sample, pack, parse_index
+from pipelines.storage import ObjectMissing, StorageError
+from tests.support.data import WatchedStorage, dataset_of, image_bytes, packed, put_dataset, random_images
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    gc.collect()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "ddpm-reader"]:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def watched(dataset: Dataset, on_get: Callable[[str, bytes, int], bytes] | None = None) -> WatchedStorage:
+    return WatchedStorage(dataset.storage, on_get=on_get)
+
+
+def through(dataset: Dataset, storage: WatchedStorage) -> Dataset:
+    return dataclasses.replace(dataset, storage=storage)
+
+
+def batches(dataset: Dataset, steps: int, **options: object) -> list[list[MicroBatch]]:
+    settings = {"seed": 5, "num_streams": 4, "streams": range(4), "micro_batch_size": 3} | options
+    with StreamBatches(dataset, "train", **settings) as stream:  # type: ignore[arg-type]
+        return [next(stream) for _ in range(steps)]
+
+
+def same(one: MicroBatch, two: MicroBatch) -> bool:
+    return all(
+        torch.equal(torch.as_tensor(getattr(one, field.name)), torch.as_tensor(getattr(two, field.name)))
+        for field in dataclasses.fields(MicroBatch)
+    )
+
+
+# ---- whole reads
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7)])
+def test_read_split_gives_every_sample_in_stored_order(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    dataset, images = dataset_of(tmp_path, [4, 0, 1, 5], shape)
+    read = list(read_split(dataset, "train"))
+    assert [key for key, _, _ in read] == [f"sample-{number:06d}" for number in range(10)]
+    assert np.array_equal(np.stack([image for _, image, _ in read]), images)
+    assert [label for _, _, label in read] == [number % 10 for number in [*range(4), 0, *range(5)]]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (3, 6), (4, 5), (9, None), (0, 99), (10, None)])
+def test_read_split_of_a_part_fetches_only_its_shards(tmp_path: Path, start: int, stop: int | None) -> None:
+    dataset, images = dataset_of(tmp_path, [4, 0, 1, 5])
+    storage = watched(dataset)
+    read = [image for _, image, _ in read_split(through(dataset, storage), "train", start, stop)]
+    assert np.array_equal(np.array(read).reshape(-1, 1, 8, 8), images[start:stop])
+    owner = np.repeat([0, 2, 3], [4, 1, 5])[start:stop]
+    assert {key for key in storage.gets if key.endswith(".tar")} == {
+        f"train/shard-{number:06d}.tar" for number in owner
+    }
+
+
+def test_a_reader_takes_rows_in_any_order_and_keeps_what_fits(tmp_path: Path) -> None:
+    dataset, images = dataset_of(tmp_path, [6, 6, 6])
+    storage = watched(dataset)
+    reader = ShardReader(through(dataset, storage), "train")
+    got, labels = reader.read(1, [5, 0, 0, 3])
+    assert np.array_equal(got, images[[11, 6, 6, 9]])
+    assert labels.tolist() == [5, 0, 0, 3]
+    reader.read(0, [1])
+    reader.read(1, [1])
+    assert storage.gets["train/shard-000001.tar"] == 1
+
+    tight = ShardReader(through(dataset, storage := watched(dataset)), "train", cache_bytes=1)
+    for shard in (0, 1, 1, 0):
+        assert np.array_equal(tight.read(shard, [2])[0][0], images[6 * shard + 2])
+    assert storage.gets["train/shard-000000.tar"] == 2
+    assert storage.gets["train/shard-000001.tar"] == 1
+
+
+def test_the_cache_is_bounded_in_bytes_and_items_and_drops_what_was_used_longest_ago() -> None:
+    cache: WeightedLRU[str, int] = WeightedLRU(10, max_items=3)
+    for key, weight in (("a", 4), ("b", 4), ("a", 4), ("c", 4)):
+        cache.get(key, lambda weight=weight: weight, lambda value: value)  # type: ignore[misc]
+    assert (len(cache), cache.num_bytes) == (2, 8)
+    made: list[str] = []
+    for key in ("a", "b"):
+        cache.get(key, lambda key=key: made.append(key) or 1, lambda value: value)  # type: ignore[misc, func-returns-value]
+    assert made == ["b"]
+    cache.get("huge", lambda: 100, lambda value: value)
+    assert (len(cache), cache.num_bytes) == (1, 100)
+    for key in "vwxyz":
+        cache.get(key, lambda: 0, lambda value: value)
+    assert len(cache) == 3
+
+
+# ---- damage
+
+
+def truncate(data: bytes) -> bytes:
+    return data[:-1024]
+
+
+def flip(data: bytes) -> bytes:
+    return data[:600] + bytes([data[600] ^ 1]) + data[601:]
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda data: b"", lambda data: data + b"\0" * 512, lambda data: data[:512]]
+)
+@pytest.mark.parametrize("suffix", ["tar", "index.parquet"])
+def test_an_altered_object_is_fetched_three_times_and_then_named(
+    tmp_path: Path, damage: Callable[[bytes], bytes], suffix: str
+) -> None:
+    dataset, _ = dataset_of(tmp_path, [4, 4])
+    bad = f"train/shard-000001.{suffix}"
+    (tmp_path / bad).write_bytes(damage((tmp_path / bad).read_bytes()))
+    storage = watched(dataset)
+    with pytest.raises(DataError, match=rf"{bad}: is damaged or was exchanged") as error:
+        list(read_split(through(dataset, storage), "train"))
+    assert "\n" not in str(error.value)
+    assert storage.gets[bad] == 3
+    # what is whole is still read
+    assert len(list(read_split(dataset, "train", 0, 4))) == 4
+
+
+@pytest.mark.parametrize("suffix", ["tar", "index.parquet"])
+def test_a_body_that_arrives_wrong_is_fetched_again(tmp_path: Path, suffix: str) -> None:
+    dataset, images = dataset_of(tmp_path, [4, 4])
+
+    def first_two_flipped(key: str, data: bytes, time: int) -> bytes:
+        return flip(data) if key.endswith(f"1.{suffix}") and time < 3 else data
+
+    storage = watched(dataset, first_two_flipped)
+    read = [image for _, image, _ in read_split(through(dataset, storage), "train")]
+    assert np.array_equal(np.stack(read), images)
+    assert storage.gets[f"train/shard-000001.{suffix}"] == 3
+
+
+@pytest.mark.parametrize("suffix", ["tar", "index.parquet"])
+def test_a_missing_object_is_named(tmp_path: Path, suffix: str) -> None:
+    dataset, _ = dataset_of(tmp_path, [4, 4])
+    (tmp_path / f"train/shard-000001.{suffix}").unlink()
+    with pytest.raises(DataError, match=rf"train/shard-000001.{suffix}: is missing"):
+        list(read_split(dataset, "train"))
+
+
+def test_swapped_shards_are_named(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [4, 4])
+    for suffix in ("tar", "index.parquet"):
+        one, two = (tmp_path / f"train/shard-00000{number}.{suffix}" for number in (0, 1))
+        first, second = one.read_bytes(), two.read_bytes()
+        one.write_bytes(second)
+        two.write_bytes(first)
+    with pytest.raises(DataError, match=r"train/shard-000000\..* is damaged or was exchanged"):
+        list(read_split(dataset, "train"))
+
+
+def remade(shard: PackedShard, **changes: list[int]) -> PackedShard:
+    """The shard with columns of its index replaced, as a faulty writer would leave it."""
+    table = pq.read_table(pa.BufferReader(shard.index))
+    for name, values in changes.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(
+            place, table.schema.field(place), pa.array(values, table.schema.field(place).type)
+        )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return dataclasses.replace(shard, index=sink.getvalue().to_pybytes())
+
+
+def test_a_sample_whose_crc_is_not_the_indexs_is_named(tmp_path: Path) -> None:
+    whole = packed(random_images(3))
+    crcs = parse_index(whole.index).crc32c.tolist()
+    bad = remade(whole, crc32c=[crcs[0], crcs[1] ^ 1, crcs[2]])
+    dataset = put_dataset(tmp_path, {"train": [bad]}, (1, 8, 8))
+    with pytest.raises(DataError, match=r"shard-000000.tar: sample 'sample-000001': .*CRC32C"):
+        list(read_split(dataset, "train"))
+
+
+@pytest.mark.parametrize("offsets", [[-1, 0, 0], [0, 0, 2**40]])
+def test_an_index_that_points_outside_its_tar_is_named(tmp_path: Path, offsets: list[int]) -> None:
+    bad = remade(packed(random_images(3)), offset=offsets)
+    dataset = put_dataset(tmp_path, {"train": [bad]}, (1, 8, 8))
+    with pytest.raises(DataError, match=r"shard-000000.index.parquet: .* outside its tar"):
+        list(read_split(dataset, "train"))
+
+
+def test_the_index_of_another_tar_is_named(tmp_path: Path) -> None:
+    one, two = packed(random_images(3)), packed(random_images(3, seed=1))
+    mixed = PackedShard(tar=one.tar, index=two.index, count=3)
+    dataset = put_dataset(tmp_path, {"train": [mixed]}, (1, 8, 8))
+    with pytest.raises(DataError, match=r"shard-000000.index.parquet: an index of another tar"):
+        list(read_split(dataset, "train"))
+
+
+def test_an_index_of_another_version_is_refused_with_both_named(tmp_path: Path) -> None:
+    whole = packed(random_images(3))
+    table = pq.read_table(pa.BufferReader(whole.index))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({b"ddpm.index_version": b"9"}), sink)
+    newer = dataclasses.replace(whole, index=sink.getvalue().to_pybytes())
+    dataset = put_dataset(tmp_path, {"train": [newer]}, (1, 8, 8))
+    with pytest.raises(DataError, match="version 9, and this program reads version 1"):
+        list(read_split(dataset, "train"))
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (encode_png(random_images(1, (1, 9, 8))[0]), "shape"),
+        (encode_png(random_images(1, (3, 8, 8))[0]), "shape"),
+        (image_bytes(Image.new("P", (8, 8))), "colour type 3"),
+        (image_bytes(Image.new("L", (8, 8)), "JPEG"), "no PNG"),
+        (image_bytes(Image.new("L", (8, 8)))[:-25], "broken PNG"),
+        (b"", "no PNG"),
+    ],
+)
+def test_a_stored_image_that_is_not_what_the_record_says_is_named(
+    tmp_path: Path, image: bytes, reason: str
+) -> None:
+    shard = pack([Sample("good", encode_png(random_images(1)[0])), Sample("größe/bad", image)])
+    dataset = put_dataset(tmp_path, {"train": [shard]}, (1, 8, 8))
+    with pytest.raises(DataError, match=rf"shard-000000.tar: sample 'größe/bad': .*{reason}"):
+        list(read_split(dataset, "train"))
+
+
+# ---- streams
+
+
+def test_a_micro_batch_is_what_the_order_says(tmp_path: Path) -> None:
+    dataset, images = dataset_of(tmp_path, [5, 0, 9, 2])
+    order, starts = Order([5, 0, 9, 2], 5, 4), np.array([0, 5, 5, 14])
+    for step, parts in enumerate(batches(dataset, 9)):
+        assert [part.stream for part in parts] == [0, 1, 2, 3]
+        for part in parts:
+            assert part.position.tolist() == [3 * step, 3 * step + 1, 3 * step + 2]
+            assert part.index.tolist() == [position * 4 + part.stream for position in part.position.tolist()]
+            where = order.locate(part.stream, part.position.numpy())
+            assert torch.equal(part.x_start, to_model(images[starts[where.shard] + where.sample]))
+            assert part.label.tolist() == (where.sample % 10).tolist()
+            assert part.x_start.dtype == torch.float32
+            assert part.label.dtype == part.index.dtype == torch.int64
+
+
+def test_two_workers_read_what_one_reads(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [5, 9, 2])
+    alone = batches(dataset, 6, flip=True)
+    halves = [batches(dataset, 6, flip=True, streams=streams) for streams in ([2, 0], [1, 3])]
+    for step in range(6):
+        together = {part.stream: part for half in halves for part in half[step]}
+        assert sorted(together) == [0, 1, 2, 3]
+        assert all(same(part, together[part.stream]) for part in alone[step])
+
+
+def test_started_anywhere_it_reads_what_it_would_have_read_from_zero(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [5, 9, 2])
+    whole = batches(dataset, 12, flip=True)
+    for start in (0, 1, 7, 11):
+        for parts, expected in zip(
+            batches(dataset, 12 - start, start_step=start, flip=True), whole[start:], strict=True
+        ):
+            assert all(same(one, two) for one, two in zip(parts, expected, strict=True))
+    (far,) = batches(dataset, 1, start_step=10**8)
+    assert far[0].position.tolist() == [3 * 10**8 + place for place in range(3)]
+
+
+def test_a_flip_depends_on_the_draw_alone(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [6, 6])
+    flipped, turned = 0, 0
+    for plain, maybe in zip(batches(dataset, 20), batches(dataset, 20, flip=True), strict=True):
+        for one, two in zip(plain, maybe, strict=True):
+            draws = rng.integers(5, "flip", one.index, 2)
+            for row, draw in enumerate(draws.tolist()):
+                expected = one.x_start[row].flip(-1) if draw else one.x_start[row]
+                assert torch.equal(two.x_start[row], expected)
+                flipped, turned = flipped + draw, turned + 1
+    assert 0.35 < flipped / turned < 0.65
+
+
+def test_fewer_samples_than_streams_and_batches_longer_than_an_epoch_work(tmp_path: Path) -> None:
+    dataset, images = dataset_of(tmp_path, [1, 0, 2])
+    parts = batches(dataset, 2, num_streams=7, streams=range(7), micro_batch_size=5)
+    seen = torch.cat([part.x_start for step in parts for part in step])
+    assert len(seen) == 70
+    counts = [sum(torch.equal(x, to_model(image)) for x in seen) for image in images]
+    assert sum(counts) == 70
+    assert max(counts) - min(counts) <= 7
+
+
+def test_each_shard_is_fetched_once_by_a_pass_over_the_data(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [8] * 12)
+    storage = watched(dataset)
+    # 96 samples in 4 streams of 24: eight steps of 3 are one epoch, and the reader looks two steps ahead
+    batches(through(dataset, storage), 6, prefetch=1)
+    fetched = {key: times for key, times in storage.gets.items() if key.endswith(".tar")}
+    assert fetched
+    assert set(fetched.values()) == {1}
+
+
+def test_an_error_of_the_reading_thread_reaches_the_consumer_and_stays(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [6, 6])
+
+    def gone(key: str, data: bytes, time: int) -> bytes:
+        if key == "train/shard-000001.tar":
+            raise StorageError("s3://bucket: does not answer")
+        return data
+
+    with StreamBatches(
+        through(dataset, watched(dataset, gone)),
+        "train",
+        seed=0,
+        num_streams=1,
+        streams=[0],
+        micro_batch_size=2,
+    ) as stream:
+        with pytest.raises(StorageError, match="does not answer"):
+            list(itertools.islice(stream, 20))
+        with pytest.raises(StorageError, match="does not answer"):
+            next(stream)
+
+
+def test_a_missing_shard_ends_a_stream_with_its_name(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [6])
+    storage = watched(dataset, lambda key, data, time: (_ for _ in ()).throw(ObjectMissing(key)))
+    with pytest.raises(DataError, match=r"shard-000000.index.parquet: is missing"):
+        batches(through(dataset, storage), 1)
+
+
+def test_closing_ends_the_thread_and_the_iteration(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [6])
+    stream = StreamBatches(dataset, "train", seed=0, num_streams=2, streams=[0, 1], micro_batch_size=2)
+    next(stream)
+    stream.close()
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "ddpm-reader"]
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_an_iterator_that_is_forgotten_ends_its_thread(tmp_path: Path) -> None:
+    dataset, _ = dataset_of(tmp_path, [6])
+    stream = StreamBatches(dataset, "train", seed=0, num_streams=2, streams=[0, 1], micro_batch_size=2)
+    next(stream)
+    del stream  # the fixture sees to it that no thread is left
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"micro_batch_size": 0}, "micro_batch_size: must be at least 1, got 0"),
+        ({"start_step": -1}, "start_step: must be at least 0, got -1"),
+        ({"prefetch": 0}, "prefetch: must be at least 1, got 0"),
+        ({"streams": [4]}, r"streams: must lie in 0\.\.3, got \[4\]"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path: Path, options: dict[str, object], line: str) -> None:
+    dataset, _ = dataset_of(tmp_path, [6])
+    with pytest.raises(ValueError, match=line):
+        batches(dataset, 1, **options)
+
+
+def test_a_split_without_samples_is_named(tmp_path: Path) -> None:
+    dataset = put_dataset(tmp_path, {"train": [packed(random_images(0))]}, (1, 8, 8))
+    with pytest.raises(DataError, match="split 'train' holds no sample"):
+        batches(dataset, 1)
+    assert list(read_split(dataset, "train")) == []
+
+
+def peak_of_an_epoch(dataset: Dataset) -> int:
+    steps = dataset.count("train") // 6
+    tracemalloc.start()
+    try:
+        options = {"seed": 0, "num_streams": 2, "streams": [0, 1], "micro_batch_size": 3}
+        with StreamBatches(dataset, "train", **options) as stream:  # type: ignore[arg-type]
+            for _ in range(steps):
+                next(stream)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_stays_flat_when_the_data_are_twenty_times_as_many(tmp_path: Path) -> None:
+    shape = (3, 32, 32)  # a shard of 6 weighs about 25 kB
+    small, _ = dataset_of(tmp_path / "small", [6] * 4, shape)
+    large, _ = dataset_of(tmp_path / "large", [6] * 80, shape)
+    shard_bytes = small.splits["train"][0].num_bytes
+    peak_of_an_epoch(small)  # what is allocated once a process
+    one, many = peak_of_an_epoch(small), peak_of_an_epoch(large)
+    assert many < one + 3 * shard_bytes
+    assert 80 * shard_bytes > 4 * many  # the test would see a cache that keeps everything
