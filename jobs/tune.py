@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="the Ray cluster (default: RAY_ADDRESS, or the local stack)"
     )
+    parser.add_argument("--out", metavar="FOLDER", help="also put sweep.json and sweep.png here")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     done = read_sweep(storage)
     if done is not None:
         print(f"sweep of {len(done.trials)} trials: done already; {storage.uri}")
-        return _report(done, storage)
+        return _report(done, storage, arguments.out)
     for warning in check_space(config):
         print(f"warning: {warning}")
     identity = sweep_identity(config, dataset.identity)
@@ -71,11 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
             trials = run_sweep(config, storage, tracker.run_id)
             best = min(trials, key=lambda trial: trial.rank)
             if best.bits_per_dim is not None:
-                sweep = write_sweep(storage, identity, trials)
                 with tempfile.TemporaryDirectory(prefix="ddpm-sweep-") as scratch:
                     picture = Path(scratch) / "sweep.png"
-                    sweep_figure([trial.plotted() for trial in sweep.trials], picture)
+                    sweep_figure([trial.plotted() for trial in trials], picture)
                     storage.put("sweep.png", picture.read_bytes())
+                # last: who finds the record finds the picture
+                sweep = write_sweep(storage, identity, trials)
                 tracker.artifact("sweep.png", storage.get("sweep.png"))
                 tracker.log([Row(best.step, {"held_out/total": best.bits_per_dim})])
                 failed = False
@@ -86,10 +88,15 @@ def run(arguments: argparse.Namespace) -> int:
         from pipelines.errors import UserError
 
         raise UserError(f"every trial failed: {'; '.join(sorted(errors))}")
-    return _report(sweep, storage)
+    return _report(sweep, storage, arguments.out)
 
 
-def _report(sweep: Sweep, storage: Storage) -> int:
+def _report(sweep: Sweep, storage: Storage, out: str | None) -> int:
+    if out:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("sweep.json", "sweep.png"):
+            (folder / name).write_bytes(storage.get(name))
     print(f"{'T':>6} {'β_1':>10} {'β_T':>10} {'steps':>7} {'bits/dim':>16}")
     for trial in sweep.trials:
         value = "—" if trial.bits_per_dim is None else f"{trial.bits_per_dim:.4f} ± {trial.stderr:.4f}"

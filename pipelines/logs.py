@@ -11,9 +11,8 @@ DATE_FORMAT = "%H:%M:%S"
 
 def configure_worker_logging() -> None:
     """Send our own log records, and only ours, to this worker's output, from where Ray takes them along."""
-    # Ray and boto3 tell every worker's every report and where they found credentials
-    for chatty in ("ray.train", "botocore", "mlflow"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # what other libraries tell of every report and every request is not what a reader looks for
+    logging.getLogger().setLevel(logging.WARNING)
     logger = logging.getLogger("pipelines")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)

@@ -17,7 +17,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
@@ -93,6 +93,7 @@ def fit(config: Config, *, callbacks: Sequence[Any] = (), parent_run_id: str | N
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=workers.max_failures),
                 callbacks=list(callbacks),
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         try:

@@ -9,6 +9,8 @@ from infra.local.layout import Stack
 from infra.local.loopback import RequestFailed
 from infra.local.snapshot import list_buckets
 
+PROBE_TIMEOUT_S = 5.0
+
 
 def _command(stack: Stack) -> list[str]:
     return [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(stack.ports["s3"])]
@@ -16,7 +18,7 @@ def _command(stack: Stack) -> list[str]:
 
 def _probe(stack: Stack) -> str | None:
     try:
-        list_buckets(stack.s3_endpoint)
+        list_buckets(stack.s3_endpoint, timeout_s=PROBE_TIMEOUT_S)
     except (RequestFailed, SyntaxError) as error:  # ElementTree's ParseError is a SyntaxError
         return str(error)
     return None

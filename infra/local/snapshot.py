@@ -2,10 +2,12 @@
 
 Member `BUCKET/KEY` (the key percent-encoded, so that any key is a plain file name) holds an object's bytes; its
 content type and user metadata are pax headers.  Member `BUCKET` alone, a folder, says that the bucket exists.
+The last member, `.objects`, holds the number of objects: a file without it was cut.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 import xml.etree.ElementTree as ET
@@ -25,6 +27,7 @@ _SIGNED = {
     "SignedHeaders=host, Signature=0"
 }
 _PAX_PREFIX = "DDPM."
+_LAST_MEMBER = ".objects"
 _TIMEOUT_S = 60.0
 
 
@@ -80,6 +83,7 @@ def save(endpoint: str, path: Path) -> int:
                     for key in list_keys(endpoint, bucket):
                         _save_object(endpoint, bucket, key, tar)
                         count += 1
+                tar.addfile(*_last_member(count))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -96,20 +100,34 @@ def restore(endpoint: str, path: Path) -> int:
     Raises `StackError` if the file is damaged or the server refuses an object.
     """
     count = 0
+    promised = b""
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
                 bucket, _, name = member.name.partition("/")
-                if not name:
+                if member.isdir():
                     _make_bucket(endpoint, bucket)
                     continue
-                _restore_object(endpoint, bucket, name, member, cast(IO[bytes], tar.extractfile(member)))
+                data = cast(IO[bytes], tar.extractfile(member))
+                if member.name == _LAST_MEMBER:
+                    promised = data.read()
+                    continue
+                _restore_object(endpoint, bucket, name, member, data)
                 count += 1
+        if promised != str(count).encode():
+            raise tarfile.ReadError(f"the file was cut after {count} objects")
     except (OSError, RequestFailed, tarfile.TarError) as error:
         raise StackError(
             f"the buckets could not be restored: {error}; move {path} away to start with empty ones"
         ) from None
     return count
+
+
+def _last_member(count: int) -> tuple[tarfile.TarInfo, IO[bytes]]:
+    content = str(count).encode()
+    member = tarfile.TarInfo(_LAST_MEMBER)
+    member.size = len(content)
+    return member, io.BytesIO(content)
 
 
 def _save_object(endpoint: str, bucket: str, key: str, tar: tarfile.TarFile) -> None:

@@ -166,9 +166,7 @@ class _Starter:
         chosen: dict[str, int] = {}
         starting = []
         for component in COMPONENTS:
-            moved = any(
-                name in chosen and chosen[name] != self.state.ports.get(name) for name in component.needs
-            )
+            moved = any(name in chosen and chosen[name] != self.state.ports[name] for name in component.needs)
             if component not in missing and not (moved and component.name in self.state.records):
                 continue
             _stop(component, self.state)
@@ -178,8 +176,7 @@ class _Starter:
                     *chosen.values(),
                     *(p for n, p in self.state.ports.items() if n not in component.ports),
                 }
-                usual = ports.USUAL_PORTS[name]
-                before = self.state.ports.get(name, usual)
+                before = self.state.ports[name]
                 if retry:
                     chosen[name] = before if ports.is_free(before) else ports.choose_any(taken)
                 else:

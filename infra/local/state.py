@@ -14,6 +14,7 @@ from typing import Any
 
 from infra.local.errors import StackError
 from infra.local.layout import Stack
+from infra.local.ports import USUAL_PORTS
 from infra.local.process import ProcessId
 
 _FORMAT = 1
@@ -41,7 +42,7 @@ class State:
 
     @classmethod
     def new(cls, num_cpus: int) -> State:
-        return cls(stack_id=secrets.token_hex(16), num_cpus=num_cpus)
+        return cls(stack_id=secrets.token_hex(16), num_cpus=num_cpus, ports=dict(USUAL_PORTS))
 
     def complete(self, names: Iterable[str]) -> bool:
         """True if each of the servers has answered once, and the buckets are there."""

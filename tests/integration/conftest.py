@@ -7,19 +7,28 @@ from collections.abc import Iterator
 
 import pytest
 
-from infra.local import Stack, down, up
+from infra.local import Stack, down, ports, process, up
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A running local stack; the environment of this process leads to it until the session ends."""
+    """A running local stack; the environment of this process leads to it until the session ends.
+
+    Its ports are not the usual ones, which another stack on this machine may be about to take.  At the end none of
+    its processes is left.
+    """
     state_dir = tmp_path_factory.mktemp("stack")
     before = dict(os.environ)
+    usual = dict(ports.USUAL_PORTS)
     try:
+        for name in usual:
+            ports.USUAL_PORTS[name] = ports.choose_any(ports.USUAL_PORTS.values())
         started = up(state_dir)
         started.activate()
         yield started
     finally:
-        down(state_dir)
         os.environ.clear()
         os.environ.update(before)
+        ports.USUAL_PORTS.update(usual)
+        down(state_dir)
+    assert process.family(started.stack_id) == []

@@ -225,7 +225,7 @@ def test_a_second_call_with_another_image_in_the_source_is_refused(photos: Path,
     assert "source_fingerprint" in refusal(str(photos), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("puts", range(1, 13))
+@pytest.mark.parametrize("puts", [1, 2, 3, 6, 11, 12])
 def test_killed_after_any_put_it_is_completed_without_redoing_finished_shards(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, puts: int
 ) -> None:

@@ -19,6 +19,19 @@ PARENT = [
     "time.sleep(120)",
 ]
 
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('ready', flush=True)
+time.sleep(120)
+"""
+LISTENER = [
+    sys.executable,
+    "-c",
+    "import socket, time; s = socket.create_server(('127.0.0.1', 0)); "
+    "print(s.getsockname()[1], 'ready', flush=True); time.sleep(120)",
+]
+
 
 @pytest.fixture
 def server(tmp_path):
@@ -92,8 +105,7 @@ def test_stop_ends_orphans_of_a_killed_parent(server):
 
 
 def test_stop_kills_what_ignores_a_polite_signal(server):
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(120)"
-    started = server.start([sys.executable, "-c", deaf])
+    started = server.start([sys.executable, "-c", DEAF])
     server.wait_for("ready")
     assert process.stop(server.stack_id, component="one", first=started, grace_s=0.2) == []
     assert process.running(started, server.stack_id) is None
@@ -113,10 +125,7 @@ def test_a_dead_child_is_not_running(server):
 
 
 def test_listening_ports_are_those_of_the_whole_family(server):
-    code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], 'ready', flush=True); time.sleep(120)"
-    started = server.start(
-        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"]
-    )
+    started = server.start([sys.executable, "-c", f"import subprocess; subprocess.run({LISTENER!r})"])
     server.wait_for("ready")
     port = int(server.log.read_text().splitlines()[-1].split()[0])
     found = process.running(started, server.stack_id)

@@ -1,0 +1,252 @@
+"""How good a set of samples and its model are, beside what real images and noise get on the same scale.
+
+Distances are taken in the features of a small classifier trained on the data set's own training images, so
+they are not FID and compare only within one data set.  Every distance is between equally many images, since
+its bias depends on their number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddpm_core import rng
+from ddpm_core.bound import BoundEstimate
+from ddpm_core.samplers import trajectory
+from pipelines import plots
+from pipelines.checkpoints import Checkpoint
+from pipelines.config import Config
+from pipelines.dataset import Dataset
+from pipelines.distances import frechet_distance, kernel_distance
+from pipelines.errors import UserError
+from pipelines.features import Classifier, train_classifier
+from pipelines.images import to_uint8
+from pipelines.reader import read_split
+from pipelines.sampling import Recipe, SampleSet, checkpoint_config, load_model
+from pipelines.storage import Storage
+from pipelines.tracking import History
+from pipelines.train import held_out_bound
+from pipelines.training import SingleWorker
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+Pixels = NDArray[np.uint8]
+
+_MOST_IMAGES = 10_000
+"""Images a side in a distance; beyond, its error is far below what differs between models."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Distances of a set of images to held-out ones, `count` on each side."""
+
+    name: str
+    count: int
+    frechet: float
+    kernel: float
+    confidence: float
+    """The classifier's mean probability for the class that it decides for."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `report.json` says."""
+
+    checkpoint: str
+    step: int
+    samples: str
+    num_samples: int
+    classifier: str
+    classifier_identity: str
+    classifier_accuracy: float
+    """On held-out images."""
+    distances: list[Distance]
+    """Of samples, of real training images, and of noise, in this order."""
+    class_shares: dict[str, float]
+    """Share of each class in the whole sample set, as the classifier decides."""
+    bound: BoundEstimate
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        # a t that was never drawn has no value, which JSON calls null
+        values["bound"]["per_t"] = [None if np.isnan(term) else term for term in self.bound.per_t]
+        return {"format_version": FORMAT_VERSION, **values}
+
+
+def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: SampleSet) -> Evaluation:
+    """Judge a finished sample set and the model that made it.
+
+    Raises `UserError` where the data set has no labels to train a classifier on.
+    """
+    if len(dataset.classes) < 2:
+        raise UserError(
+            f"{dataset.uri}: has no classes, and the distances need a classifier; "
+            "prepare it from a folder with a sub-folder a class"
+        )
+    train_images, train_labels = _load(dataset, "train")
+    test_images, test_labels = _load(dataset, "test")
+    record = samples.record()
+    if tuple(record.shape) != dataset.shape:
+        raise UserError(f"{samples.uri}: images of shape {record.shape}, the data set's have {dataset.shape}")
+    log.info("training the classifier on %d images", len(train_images))
+    classifier = train_classifier(
+        train_images, train_labels, seed=config.seed, num_classes=len(dataset.classes)
+    )
+    count = min(len(train_images), len(test_images), record.count, _MOST_IMAGES)
+    reference = classifier.features(test_images[:count])
+    made, shares = _samples(samples, classifier, count)
+    noise = to_uint8(
+        rng.normal(config.seed, "evaluate noise", torch.arange(count), dataset.shape), dataset.levels
+    ).numpy()
+    log.info("distances of %d images a side", count)
+    distances = [
+        _distance(name, images, reference, classifier)
+        for name, images in (("samples", made), ("real", train_images[:count]), ("noise", noise))
+    ]
+    log.info("bound on %d held-out images", len(test_images))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _ = load_model(checkpoint, device)
+    trained = checkpoint_config(checkpoint).model_copy(update={"bound": config.bound})
+    bound = held_out_bound(dataset, trained, model, SingleWorker(device), None)
+    return Evaluation(
+        checkpoint=checkpoint.uri,
+        step=checkpoint.step,
+        samples=samples.uri,
+        num_samples=record.count,
+        classifier=classifier.name,
+        classifier_identity=classifier.identity,
+        classifier_accuracy=classifier.accuracy(test_images, test_labels),
+        distances=distances,
+        class_shares={name: float(share) for name, share in zip(dataset.classes, shares, strict=True)},
+        bound=bound,
+    )
+
+
+def _load(dataset: Dataset, split: str) -> tuple[Pixels, NDArray[np.int64]]:
+    """The labelled images of a split."""
+    rows = [(image, label) for _, image, label in read_split(dataset, split) if label >= 0]
+    if not rows:
+        raise UserError(f"{dataset.uri}: its {split} split has no labelled image")
+    return np.stack([image for image, _ in rows]), np.array([label for _, label in rows], dtype=np.int64)
+
+
+def _samples(
+    samples: SampleSet, classifier: Classifier, count: int, block: int = 2048
+) -> tuple[Pixels, NDArray[np.float64]]:
+    """The first `count` images, and the share of each class in the whole set, which streams by."""
+    first: list[Pixels] = []
+    tally = np.zeros(classifier.num_classes)
+    for images in _blocks(samples, block):
+        if (missing := count - sum(map(len, first))) > 0:
+            first.append(images[:missing])
+        decided = classifier.probabilities(images).argmax(1)
+        tally += np.bincount(decided, minlength=classifier.num_classes)
+    return np.concatenate(first), tally / tally.sum()
+
+
+def _blocks(samples: SampleSet, block: int) -> Iterator[Pixels]:
+    held: list[Pixels] = []
+    for _, image in samples.images():
+        held.append(image)
+        if len(held) == block:
+            yield np.stack(held)
+            held = []
+    if held:
+        yield np.stack(held)
+
+
+def _distance(name: str, images: Pixels, reference: Any, classifier: Classifier) -> Distance:
+    features = classifier.features(images)
+    assert len(features) == len(reference)
+    return Distance(
+        name=name,
+        count=len(images),
+        frechet=frechet_distance(features, reference),
+        kernel=kernel_distance(features, reference),
+        confidence=float(classifier.probabilities(images).max(1).mean()),
+    )
+
+
+def draw(
+    evaluation: Evaluation,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    samples: SampleSet,
+    run: Storage,
+    folder: Path,
+) -> list[Path]:
+    """The pictures of a run and its samples, as PNG files in a folder."""
+    model, schedule = load_model(checkpoint, torch.device("cpu"))
+    made = [
+        plots.schedule_figure(
+            schedule.betas.numpy(),
+            schedule.alphas_cumprod.numpy(),
+            schedule.log_snr.numpy(),
+            folder / "schedule.png",
+        )
+    ]
+    rows = History(run).rows(up_to=None)
+    losses = [(row.step, row.metrics["loss"]) for row in rows if "loss" in row.metrics]
+    held_out = [
+        (row.step, row.metrics["held_out/total"], row.metrics["held_out/total_stderr"])
+        for row in rows
+        if "held_out/total" in row.metrics
+    ]
+    if losses:
+        made.append(
+            plots.loss_figure(
+                [step for step, _ in losses], [loss for _, loss in losses], held_out, folder / "loss.png"
+            )
+        )
+    bound = evaluation.bound
+    terms = {
+        "reconstruction": bound.reconstruction,
+        "consistency": bound.consistency,
+        "prior": bound.prior,
+    }
+    errors = {
+        "reconstruction": bound.reconstruction_stderr,
+        "consistency": bound.consistency_stderr,
+        "prior": bound.prior_stderr,
+    }
+    made.append(plots.bound_figure(bound.per_t, terms, folder / "bound.png", stderr=errors))
+    generated = np.stack([image for _, image in samples.images(limit=100)])
+    real = np.stack([image for _, image, _ in read_split(dataset, "test", 0, 100)])
+    made.append(plots.generated_beside_real(generated, real, folder / "samples.png"))
+    made.append(plots.trajectory_figure(_frames(model, schedule, recipe), folder / "trajectory.png"))
+    rows_of_distances = [
+        {"name": d.name, "frechet": d.frechet, "kernel": d.kernel, "count": d.count}
+        for d in evaluation.distances
+    ]
+    made.append(plots.distances_figure(rows_of_distances, folder / "distances.png"))
+    return made
+
+
+def _frames(model: Any, schedule: Any, recipe: Recipe) -> list[tuple[int, Pixels, Pixels]]:
+    """The way of image 0 from noise to image."""
+    steps = trajectory(
+        model,
+        schedule,
+        recipe.sampler,
+        seed=recipe.settings.seed,
+        index=torch.zeros(1, dtype=torch.int64),
+        shape=recipe.shape,
+    )
+    with torch.inference_mode():
+        return [
+            (
+                step.t,
+                to_uint8(step.x_t[0], recipe.levels).numpy(),
+                to_uint8(step.pred_x_start[0], recipe.levels).numpy(),
+            )
+            for step in steps
+        ]
