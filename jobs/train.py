@@ -54,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"run {run.name}: trained {done} steps already; {run.storage.uri}")
         return 0
     _check_tracking()
-    claim(run)
     print(f"run {run.name}: step {done} → {config.train.steps}; {run.storage.uri}")
     if arguments.local:
         import torch
@@ -62,11 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
         from pipelines.train import train
         from pipelines.training import SingleWorker
 
+        claim(run)
         train(run, SingleWorker(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     else:
         with common.ray_cluster(arguments.address):
             from pipelines.train_ray import fit
 
+            claim(run)
             fit(config)
     last = Checkpoints(run.storage).open(config.train.steps)
     bound = last.commit.held_out

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from jobs import common
 
 if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.dataset import Dataset
     from pipelines.storage import Storage
-    from pipelines.tuning import Sweep
+    from pipelines.tuning import Sweep, Trial
 
 DESCRIPTION = """\
 Sweep T and the β range with Ray Tune: short training runs, the bad ones stopped early (ASHA), ranked on
@@ -43,55 +45,64 @@ def run(arguments: argparse.Namespace) -> int:
     common.use_local_stack()
     config = common.config_of(arguments)
 
-    from pipelines.plots import sweep_figure
-    from pipelines.tracking import Row, RunDescription, open_tracker
     from pipelines.train import open_run
-    from pipelines.tuning import check_space, read_sweep, sweep_identity, sweep_storage, write_sweep
+    from pipelines.tuning import check_space, read_sweep, sweep_storage
 
     dataset = open_run(config).dataset
     storage = sweep_storage(config, dataset.identity)
-    done = read_sweep(storage)
-    if done is not None:
-        print(f"sweep of {len(done.trials)} trials: done already; {storage.uri}")
-        return _report(done, storage, arguments.out)
-    for warning in check_space(config):
-        print(f"warning: {warning}")
+    sweep = read_sweep(storage)
+    if sweep is not None:
+        print(f"sweep of {len(sweep.trials)} trials: done already; {storage.uri}")
+    else:
+        for warning in check_space(config):
+            print(f"warning: {warning}")
+        print(f"sweep of {config.tune.num_trials} trials: {storage.uri}")
+        with common.ray_cluster(arguments.address):
+            sweep = _sweep(config, dataset, storage)
+    _report(sweep, storage, arguments.out)
+    return 0
+
+
+def _sweep(config: Config, dataset: Dataset, storage: Storage) -> Sweep:
+    """Run the trials and commit their record, with a tracked run of the sweep's own around theirs."""
+    from pipelines.storage import open_storage
+    from pipelines.tracking import Row, RunDescription, end_tracking, open_tracker
+    from pipelines.tune_ray import run_sweep
+    from pipelines.tuning import require_whole, sweep_identity, write_sweep
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
     identity = sweep_identity(config, dataset.identity)
-    print(f"sweep of {config.tune.num_trials} trials: {storage.uri}")
-    with common.ray_cluster(arguments.address):
-        from pipelines.tune_ray import run_sweep
-
-        name = storage.uri.rpartition("/")[2]
-        tracker = open_tracker(
-            os.environ.get("MLFLOW_TRACKING_URI"),
-            RunDescription(config.tracking.experiment, f"sweep {name}", identity),
-            storage,
-        )
-        failed = True
-        try:
-            trials = run_sweep(config, storage, tracker.run_id)
-            best = min(trials, key=lambda trial: trial.rank)
-            if best.bits_per_dim is not None:
-                with tempfile.TemporaryDirectory(prefix="ddpm-sweep-") as scratch:
-                    picture = Path(scratch) / "sweep.png"
-                    sweep_figure([trial.plotted() for trial in trials], picture)
-                    storage.put("sweep.png", picture.read_bytes())
-                # last: who finds the record finds the picture
-                sweep = write_sweep(storage, identity, trials)
-                tracker.artifact("sweep.png", storage.get("sweep.png"))
-                tracker.log([Row(best.step, {"held_out/total": best.bits_per_dim})])
-                failed = False
-        finally:
-            tracker.finish(failed=failed)
-    if failed:
-        errors = {trial.error for trial in trials if trial.error}
-        from pipelines.errors import UserError
-
-        raise UserError(f"every trial failed: {'; '.join(sorted(errors))}")
-    return _report(sweep, storage, arguments.out)
+    name = f"sweep {storage.uri.rpartition('/')[2]}"
+    tracker = open_tracker(uri, RunDescription(config.tracking.experiment, name, identity), storage)
+    failed = True
+    try:
+        trials = run_sweep(config, storage, tracker.run_id)
+        for trial in trials:
+            # Tune stops a trial by killing it, so the trial can't say so itself
+            end_tracking(uri, open_storage(trial.run))
+        require_whole(trials)
+        picture = _picture(trials)
+        storage.put("sweep.png", picture)
+        # last: who finds the record finds the picture
+        sweep = write_sweep(storage, identity, trials)
+        tracker.artifact("sweep.png", picture)
+        best = sweep.trials[0]
+        if best.bits_per_dim is not None:
+            tracker.log([Row(best.step, {"held_out/total": best.bits_per_dim})])
+        failed = False
+    finally:
+        tracker.finish(failed=failed)
+    return sweep
 
 
-def _report(sweep: Sweep, storage: Storage, out: str | None) -> int:
+def _picture(trials: list[Trial]) -> bytes:
+    from pipelines.plots import sweep_figure
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-sweep-") as scratch:
+        return sweep_figure([trial.plotted() for trial in trials], Path(scratch) / "sweep.png").read_bytes()
+
+
+def _report(sweep: Sweep, storage: Storage, out: str | None) -> None:
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,10 +111,9 @@ def _report(sweep: Sweep, storage: Storage, out: str | None) -> int:
     print(f"{'T':>6} {'β_1':>10} {'β_T':>10} {'steps':>7} {'bits/dim':>16}")
     for trial in sweep.trials:
         value = "—" if trial.bits_per_dim is None else f"{trial.bits_per_dim:.4f} ± {trial.stderr:.4f}"
-        note = {"completed": "", "stopped": "  stopped early", "failed": f"  failed: {trial.error}"}
+        note = {"completed": "", "stopped": "  stopped early", "failed": f"  {trial.error}"}
         print(
             f"{trial.num_timesteps:>6} {trial.beta_start:>10.3g} {trial.beta_end:>10.3g} {trial.step:>7} "
             f"{value:>16}{note[trial.status]}"
         )
     print(f"best: T = {sweep.trials[0].num_timesteps}; {storage.uri}/sweep.png")
-    return 0

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import uuid
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -32,6 +33,10 @@ _STEP = re.compile(r"^step-(\d{9,})/commit\.json$")
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of a format that this version does not read."""
+
+
+# JSON has no word for what is no number, and pydantic writes null
+Metric = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class ObjectRecord(BaseModel):
@@ -59,13 +64,14 @@ class Commit(BaseModel):
     objects: dict[str, ObjectRecord]
     config: dict[str, Any]
     """The resolved configuration that the step was taken under."""
-    metrics: dict[str, float]
+    metrics: dict[str, Metric]
     versions: dict[str, str]
 
     @property
     def held_out(self) -> float | None:
         """Held-out bits/dim of the averaged weights, where it was measured at this step."""
-        return self.metrics.get("held_out/total")
+        value = self.metrics.get("held_out/total", math.nan)
+        return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -135,16 +141,17 @@ class Checkpoints:
             for group, tensors in state.groups.items():
                 data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
                 objects[group] = put_recorded(storage, f"{group}-{attempt}.safetensors", data)
-            commit = Commit(format_version=FORMAT_VERSION, step=state.step, objects=objects, **record)
-            record_bytes = commit.model_dump_json(indent=2).encode()
-            won = storage.put_if_absent(COMMIT, record_bytes)
-            if not won and (standing := _readable(storage)) is None:
-                # its objects are damaged or gone, which is why the run is here a second time
-                storage.put(COMMIT, record_bytes)
-                won = True
         except BaseException:
             _discard(storage, objects)
             raise
+        commit = Commit(format_version=FORMAT_VERSION, step=state.step, objects=objects, **record)
+        record_bytes = commit.model_dump_json(indent=2).encode()
+        # from here on an error does not say that there is no commit, so the objects stay
+        won = storage.put_if_absent(COMMIT, record_bytes)
+        if not won and (standing := _readable(storage)) is None:
+            # its objects are damaged or gone, which is why the run is here a second time
+            storage.put(COMMIT, record_bytes)
+            won = True
         if not won:
             log.warning("%s was committed by another attempt first; that one stands", storage.uri)
             _discard(storage, objects)
@@ -169,9 +176,17 @@ class Checkpoints:
         """Delete all but the `keep` newest checkpoints and the best one.
 
         The commit record goes first, so that a reader never meets a commit without its objects; objects
-        without a commit, which killed attempts left below the newest step, go as well.
+        without a commit, which killed attempts left below the newest step, go as well.  A commit record that
+        can't be read stays, with a warning, and with all that lies beside it.
         """
-        commits = self.commits()
+        commits: list[Commit] = []
+        unreadable: set[str] = set()
+        for step in self.steps():
+            try:
+                commits.append(self.open(step).commit)
+            except CheckpointError as error:
+                log.warning("left a damaged checkpoint where it is: %s", error)
+                unreadable.add(step_name(step))
         if not commits:
             return
         kept = kept_steps([(commit.step, commit.held_out) for commit in commits], keep)
@@ -188,7 +203,9 @@ class Checkpoints:
         self._storage.delete(
             info.key
             for info in self._storage.list("step-")
-            if info.key not in named and info.key.split("/")[0] < newest
+            if info.key not in named
+            and (folder := info.key.split("/")[0]) not in unreadable
+            and folder < newest
         )
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, one_line
 
 FORMAT_VERSION = 1
 
@@ -31,7 +31,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -129,7 +129,7 @@ class SampleConfig(Section):
 class TuneConfig(Section):
     """A sweep over the noise schedule, ranked on held-out bits/dim."""
 
-    num_timesteps: tuple[Positive, ...] = (250, 500, 1000)
+    num_timesteps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (250, 500, 1000)
     """The values of T to try."""
     beta_start: tuple[float, float] = (1e-4, 5e-3)
     """Range of β_1 for T = 1000, drawn log-uniformly; scaled by 1000/T, so that the chain's end stays."""
@@ -245,7 +245,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if file.name != str(path) or not shipped.is_file():
             raise UserError(f"{path}: no such configuration file")
         file = shipped
-    return parse_config(file.read_text(encoding="utf-8"), overrides, where=str(path))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {one_line(error)}") from None
+    return parse_config(text, overrides, where=str(path))
 
 
 def parse_config(
@@ -254,10 +258,11 @@ def parse_config(
     """As `load_config`, from the YAML text itself; `where` names it in errors."""
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        reason = getattr(error, "problem", None) or one_line(error)
+        raise UserError(f"{where}{line}: not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{where}: must hold sections such as `data:` and `model:`, got {type(values).__name__}"
@@ -322,7 +327,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: must be section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     *sections, key = path.split(".")
     for section in sections:

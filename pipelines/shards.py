@@ -150,7 +150,8 @@ def read_parquet(data: bytes, schema: pa.Schema) -> pa.Table:
     not.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # on Arrow's threads, now and then the interpreter's exit aborts (apache/arrow issue 34314)
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"not a readable Parquet file ({' '.join(str(error).split())[:120]})") from None
     if not table.schema.equals(schema, check_metadata=False):

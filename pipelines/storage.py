@@ -9,6 +9,7 @@ What the rest of the project relies on, and what both kinds give:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -104,6 +105,10 @@ def checked_key(key: str) -> str:
     return key
 
 
+# a folder, or something below a file, is no object
+_NO_OBJECT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
 class FileStorage:
     """A folder.  Atomic by rename within the folder's file system, exclusive by hard link."""
 
@@ -121,14 +126,13 @@ class FileStorage:
         return self._root / checked_key(key)
 
     def _error(self, key: str, error: OSError) -> StorageError:
-        path = self._path(key)
-        if isinstance(error, FileNotFoundError):
-            return ObjectMissing(str(path))
-        return StorageError(f"{path}: {error.strerror or one_line(error)}")
+        return StorageError(f"{self._path(key)}: {error.strerror or one_line(error)}")
 
     def get(self, key: str) -> bytes:
         try:
             return self._path(key).read_bytes()
+        except _NO_OBJECT:
+            raise ObjectMissing(str(self._path(key))) from None
         except OSError as error:
             raise self._error(key, error) from None
 
@@ -137,6 +141,8 @@ class FileStorage:
             with self._path(key).open("rb") as file:
                 file.seek(start)
                 data = file.read(length)
+        except _NO_OBJECT:
+            raise ObjectMissing(str(self._path(key))) from None
         except OSError as error:
             raise self._error(key, error) from None
         if len(data) != length:
@@ -148,7 +154,11 @@ class FileStorage:
     def put(self, key: str, data: bytes) -> None:
         try:
             written = self._write_aside(key, data)
-            written.replace(self._path(key))
+            try:
+                written.replace(self._path(key))
+            except BaseException:
+                written.unlink()
+                raise
         except OSError as error:
             raise self._error(key, error) from None
 
@@ -175,7 +185,7 @@ class FileStorage:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             aside.unlink(missing_ok=True)
             raise
         return aside
@@ -185,19 +195,28 @@ class FileStorage:
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         # a prefix need not end at a folder, but all that starts with it lies below its last whole folder
-        folder = self._root / prefix.rpartition("/")[0]
+        folder = self._root / checked_key(parent) if (parent := prefix.rpartition("/")[0]) else self._root
+
+        def unreadable(error: OSError) -> None:
+            # what can't be listed must not look empty; what is not there, or not any more, is
+            if not isinstance(error, _NO_OBJECT):
+                raise StorageError(f"{error.filename}: {error.strerror}")
+
         found = []
-        for where, _, names in os.walk(folder):
+        for where, _, names in os.walk(folder, onerror=unreadable):
             for name in names:
                 path = Path(where) / name
                 key = path.relative_to(self._root).as_posix()
                 if key.startswith(prefix) and not name.startswith(".tmp-"):
-                    found.append(ObjectInfo(key, path.stat().st_size))
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        found.append(ObjectInfo(key, path.stat().st_size))
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             try:
                 self._path(key).unlink(missing_ok=True)
+            except NotADirectoryError:
+                pass
             except OSError as error:
                 raise self._error(key, error) from None

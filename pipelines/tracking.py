@@ -114,3 +114,11 @@ def open_tracker(uri: str | None, description: RunDescription, run: Storage) -> 
     from pipelines.adapters.mlflow import open_mlflow_run
 
     return open_mlflow_run(uri, description, run)
+
+
+def end_tracking(uri: str | None, run: Storage) -> None:
+    """Tell the tracking server that a run whose process was stopped from outside goes on no more."""
+    if uri:
+        from pipelines.adapters.mlflow import end_mlflow_run
+
+        end_mlflow_run(uri, run)

@@ -204,18 +204,22 @@ class Learner:
         try:
             self.model.load_state_dict(state.groups["weights"])
             self.ema.load(state.groups["ema"])
+            # copies, since Adam changes them in place; its step counter stays on the CPU, as torch keeps it
+            moments = {
+                parameter: {
+                    key: state.groups["optimizer"][f"{key}/{name}"].to(
+                        "cpu" if key == "step" else self.device, copy=True
+                    )
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+                for name, parameter in self._parameters.items()
+                if state.step > 0
+            }
         except (RuntimeError, KeyError, ValueError):
             raise CheckpointError(
                 f"the checkpoint at step {state.step} holds another network than model describes"
             ) from None
-        slots = {key: tensor.to(self.device) for key, tensor in state.groups["optimizer"].items()}
-        for name, parameter in self._parameters.items():
-            self.optimizer.state[parameter] = {
-                # Adam's own step counter stays on the CPU, as torch keeps it
-                key: slots[f"{key}/{name}"].cpu() if key == "step" else slots[f"{key}/{name}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}/{name}" in slots
-            }
+        self.optimizer.state.update(moments)
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

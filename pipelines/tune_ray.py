@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.config import Config, parse_config
 from pipelines.errors import one_line
 from pipelines.storage import Storage, open_storage
 from pipelines.train import claim, open_run
+from pipelines.training import TrainingError
 from pipelines.tuning import Trial, own_point, trial_config, trial_schedule
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,11 @@ def _trial(params: dict[str, Any], base: str, storage_uri: str, parent_run_id: s
     config = trial_config(parse_config(base), open_storage(storage_uri), params)
     run = open_run(config)
     claim(run)
-    fit(config, callbacks=[TuneReportCallback()], parent_run_id=parent_run_id)
+    try:
+        fit(config, callbacks=[TuneReportCallback()], parent_run_id=parent_run_id)
+    except TrainingError as error:
+        # a result like another: this schedule does not train
+        tune.report({"step": 0, "bits_per_dim": math.inf, "diverged": str(error)})
 
 
 def run_sweep(config: Config, storage: Storage, parent_run_id: str | None) -> list[Trial]:
@@ -50,9 +56,11 @@ def run_sweep(config: Config, storage: Storage, parent_run_id: str | None) -> li
             },
             tune_config=tune.TuneConfig(
                 num_samples=settings.num_trials,
-                max_concurrent_trials=settings.max_concurrent,
                 search_alg=BasicVariantGenerator(
-                    points_to_evaluate=[own] if own else None, random_state=settings.seed
+                    points_to_evaluate=[own] if own else None,
+                    # trials' workers are outside of Tune's accounting of the cluster
+                    max_concurrent=settings.max_concurrent,
+                    random_state=settings.seed,
                 ),
                 scheduler=ASHAScheduler(
                     time_attr="step",
@@ -73,7 +81,9 @@ def _outcome(config: Config, storage: Storage, result: Any) -> Trial:
     params, metrics = result.config, result.metrics or {}
     schedule = trial_schedule(params)
     step = int(metrics.get("step", 0))
-    if result.error:
+    diverged = metrics.get("diverged")
+    error = one_line(result.error) if result.error else diverged
+    if error:
         status = "failed"
     else:
         status = "completed" if step >= config.tune.steps else "stopped"
@@ -83,8 +93,9 @@ def _outcome(config: Config, storage: Storage, result: Any) -> Trial:
         beta_end=schedule.beta_end,
         status=status,
         step=step,
-        bits_per_dim=metrics.get("bits_per_dim"),
-        stderr=metrics.get("bits_per_dim_stderr"),
+        bits_per_dim=None if diverged else metrics.get("bits_per_dim"),
+        stderr=None if diverged else metrics.get("bits_per_dim_stderr"),
         run=open_run(trial_config(config, storage, params)).storage.uri,
-        error=one_line(result.error) if result.error else None,
+        error=error,
+        diverged=diverged is not None,
     )

@@ -41,6 +41,8 @@ class Trial(BaseModel):
     run: str
     """URI of the trial's run."""
     error: str | None = None
+    diverged: bool = False
+    """It failed by itself, and would again."""
 
     def plotted(self) -> dict[str, Any]:
         """The trial as `pipelines.plots.sweep_figure` takes it."""
@@ -165,6 +167,25 @@ def trial_config(config: Config, storage: Storage, params: Mapping[str, Any]) ->
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
     """Best first; the ones that failed last."""
     return sorted(trials, key=lambda trial: (trial.rank, -trial.num_timesteps))
+
+
+class SweepError(UserError):
+    """Trials failed for a reason that lies outside them, so the sweep is not whole."""
+
+    exit_code = 1
+
+
+def require_whole(trials: Iterable[Trial]) -> None:
+    """Raise `SweepError` unless every trial ended by its own merits and at least one has a result."""
+    trials = list(trials)
+    broken = [trial for trial in trials if trial.status == "failed" and not trial.diverged]
+    if broken:
+        reasons = "; ".join(sorted({trial.error or "no reason given" for trial in broken}))
+        raise SweepError(
+            f"{len(broken)} of {len(trials)} trials failed: {reasons}; the same command goes on from here"
+        )
+    if all(trial.bits_per_dim is None for trial in trials):
+        raise SweepError("every trial diverged; lower optimizer.learning_rate")
 
 
 def read_sweep(storage: Storage) -> Sweep | None:

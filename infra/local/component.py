@@ -20,3 +20,6 @@ class Component:
     probe: Callable[[Stack], str | None]  # None if it answers well, else what is wrong
     stop_grace_s: float
     environment: dict[str, str] = field(default_factory=dict)
+    passing_failures: tuple[
+        str, ...
+    ] = ()  # lower-case words of its log after which another try may do better

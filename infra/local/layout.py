@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,27 @@ _FOREIGN_NAMES = frozenset(
         "RAY_TMPDIR",
     )
 )
+# One of these set means that somebody has decided where S3, MLflow or Ray is, and as whom to ask.
+_DECIDING = {
+    "s3": (
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_PROFILE",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+    ),
+    "mlflow": ("MLFLOW_TRACKING_URI",),
+    "ray": (
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+        "DDPM_DASHBOARD",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+    ),
+}
 _NEVER_PROXIED = ("127.0.0.1", "localhost")
 
 
@@ -75,32 +96,36 @@ class Stack:
 
         Ray reads its own when it is imported, so they must be set before that.
         """
-        nowhere = os.devnull
+        return {**self._s3(), **self._mlflow(), **self._ray(), **_common()}
+
+    def _s3(self) -> dict[str, str]:
         return {
             "AWS_ENDPOINT_URL": self.s3_endpoint,
             "AWS_ACCESS_KEY_ID": "ddpm-local",
             "AWS_SECRET_ACCESS_KEY": "ddpm-local",
             "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": nowhere,
-            "AWS_SHARED_CREDENTIALS_FILE": nowhere,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def _mlflow(self) -> dict[str, str]:
+        return {
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
-            "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-            "DO_NOT_TRACK": "true",
+        }
+
+    def _ray(self) -> dict[str, str]:
+        return {
             "RAY_ADDRESS": self.ray_address,
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "DDPM_DASHBOARD": self.dashboard_url,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Ray's node address becomes 127.0.0.1, so that all its ports are on loopback
+            # Ray's node address becomes 127.0.0.1, so that all its ports are on loopback; a driver that does not
+            # know looks for the head at this machine's outer address, in vain and for minutes
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # how often Ray Train looks at its workers: at its default of 2 s each report costs 2 s
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            "NO_PROXY": _never_proxied(),
-            "no_proxy": _never_proxied(),
         }
 
     def activate(self, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -108,6 +133,20 @@ class Stack:
         for name in foreign(environ):
             del environ[name]
         environ.update(self.environment())
+
+    def complement(
+        self, environ: MutableMapping[str, str] = os.environ, *, skip: Collection[str] = ()
+    ) -> None:
+        """Take from this stack what `environ` does not say: of "s3", "mlflow" and "ray" each as a whole, or not.
+
+        Not, if one of the variables is set that say where it is and who asks, or if it is in `skip`.
+        """
+        for name, offered in (("s3", self._s3()), ("mlflow", self._mlflow()), ("ray", self._ray())):
+            if name not in skip and not any(decided in environ for decided in _DECIDING[name]):
+                environ.update(offered)
+        for name, value in _common().items():
+            environ.setdefault(name, value)
+        environ.update(_never_proxied())
 
     def server_environment(self, inherited: Mapping[str, str], **marks: str) -> dict[str, str]:
         """The environment of the stack's servers, which Ray's workers and jobs inherit."""
@@ -122,13 +161,25 @@ class Stack:
         return found
 
 
+def _common() -> dict[str, str]:
+    return {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # how often Ray Train looks at its workers: at its default of 2 s each report costs 2 s
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        **_never_proxied(),
+    }
+
+
 def foreign(environ: Mapping[str, str]) -> list[str]:
     """Names of the variables that must not reach the stack or its users."""
     return [name for name in environ if name in _FOREIGN_NAMES or name.startswith(_FOREIGN_PREFIXES)]
 
 
-def _never_proxied() -> str:
+def _never_proxied() -> dict[str, str]:
     """The user's own exceptions from a proxy, and loopback."""
     own = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     hosts = [host.strip() for host in own.split(",") if host.strip()]
-    return ",".join([*hosts, *(host for host in _NEVER_PROXIED if host not in hosts)])
+    every = ",".join([*hosts, *(host for host in _NEVER_PROXIED if host not in hosts)])
+    return {"NO_PROXY": every, "no_proxy": every}

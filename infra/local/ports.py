@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections.abc import Collection
 
 USUAL_PORTS = {"s3": 9000, "mlflow": 5000, "gcs": 6379, "dashboard": 8265, "client": 10001}
@@ -32,6 +33,13 @@ def _can_bind(host: str, port: int) -> bool:
                 return False
             raise
     return True
+
+
+def wait_until_free(port: int, *, timeout_s: float) -> None:
+    """Return when the port is free, or after the time."""
+    deadline = time.monotonic() + timeout_s
+    while not is_free(port) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def choose(preferred: int, taken: Collection[int]) -> int:

@@ -94,6 +94,8 @@ RAY = Component(
     _command,
     _probe,
     stop_grace_s=10,
+    # Ray gives its own parts 30 s to find each other, which a busy machine may exceed
+    passing_failures=("timed out", "timeout"),
     environment={
         # a job that is stopped gets this long to save its state
         "RAY_JOB_STOP_WAIT_TIME_S": "30",

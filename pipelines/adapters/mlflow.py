@@ -102,12 +102,13 @@ def _create(client: MlflowClient, description: RunDescription, run: Storage) -> 
     if description.parent_run_id:
         tags["mlflow.parentRunId"] = description.parent_run_id
     run_id = str(client.create_run(experiment_id, tags=tags, run_name=description.name).info.run_id)
-    if not run.put_if_absent(_RECORD, json.dumps({"run_id": run_id}).encode()):
-        client.delete_run(run_id)
-        return str(json.loads(run.get(_RECORD))["run_id"])
+    # before the record, since a run that is on record is taken as it is
     params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in flatten(description.params).items()]
     for start in range(0, len(params), _PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_A_CALL])
+    if not run.put_if_absent(_RECORD, json.dumps({"run_id": run_id}).encode()):
+        client.delete_run(run_id)
+        return str(json.loads(run.get(_RECORD))["run_id"])
     return run_id
 
 
@@ -120,6 +121,21 @@ def _create_experiment(client: MlflowClient, name: str) -> str:
         if experiment is None:
             raise
         return str(experiment.experiment_id)
+
+
+def end_mlflow_run(uri: str, run: Storage) -> None:
+    """Mark the MLflow run recorded in the run's storage as finished, if it still counts as running."""
+    try:
+        run_id = json.loads(run.get(_RECORD))["run_id"]
+    except ObjectMissing:
+        return
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_tag(run_id, "ddpm.stopped_early", "true")
+            client.set_terminated(run_id, "FINISHED")
+    except _AWAY as error:
+        log.warning("MLflow was not told of the end of run %s: %s", run_id, one_line(error, 160))
 
 
 class MLflowTracker:

@@ -44,19 +44,20 @@ def _client(pid: int, endpoint: str | None) -> Any:
     """One client a process (a new one costs 0.1 s), never carried over a fork."""
     if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
         raise UserError(f"AWS_ENDPOINT_URL: {endpoint!r} is no http:// or https:// address")
-    return boto3.session.Session().client(
-        "s3",
-        config=Config(
-            connect_timeout=5,
-            read_timeout=60,
-            max_pool_connections=32,
-            retries={"mode": "standard", "total_max_attempts": 5},
-            # other servers than AWS's know neither the newer checksums nor every bucket as a host name
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": "path" if endpoint else "auto"},
-        ),
+    config = Config(
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=32,
+        retries={"mode": "standard", "total_max_attempts": 5},
+        # other servers than AWS's know neither the newer checksums nor every bucket as a host name
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path" if endpoint else "auto"},
     )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except ValueError as error:
+        raise UserError(f"AWS_ENDPOINT_URL: {one_line(error)}") from None
 
 
 class S3Storage:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from infra.local import Stack, down, ports, process, up
+
+
+def read_rays_settings_again() -> None:
+    """Ray read the environment when a test module imported it, before there was a stack."""
+    if "ray" in sys.modules:
+        importlib.import_module("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
+        raylet = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +36,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             ports.USUAL_PORTS[name] = ports.choose_any(ports.USUAL_PORTS.values())
         started = up(state_dir)
         started.activate()
+        read_rays_settings_again()
         yield started
     finally:
         os.environ.clear()

@@ -113,8 +113,9 @@ def test_a_killed_mlflow_server_is_all_that_up_restarts(stack):
 def test_a_second_stack_lives_beside_and_leaves_nothing_behind(stack, tmp_path):
     """Its usual ports are taken; its Ray head is killed while a job runs, which orphans the job's processes."""
     before = dict(os.environ)
-    second = up(tmp_path / "second", num_cpus=2)
+    folder = tmp_path / "second"
     try:
+        second = up(folder, num_cpus=2)
         assert not set(second.ports.values()) & set(stack.ports.values())
         assert second.num_cpus == 2
         second.activate()
@@ -129,7 +130,7 @@ def test_a_second_stack_lives_beside_and_leaves_nothing_behind(stack, tmp_path):
     finally:
         os.environ.clear()
         os.environ.update(before)
-        assert down(second.state_dir)
+        assert down(folder)
     assert process.family(second.stack_id) == []
     assert not second.ray_temp_dir.exists()
     assert not second.token_path.exists()

@@ -323,6 +323,20 @@ def test_the_estimate_for_gaussian_data_in_closed_form() -> None:
     assert estimate.prior == pytest.approx(float(prior_term(SHORT, sign[:1] * 0.5)))
 
 
+def test_every_evaluation_of_an_image_has_noise_of_its_own() -> None:
+    noises: list[Tensor] = []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        noises.append(x_t / SHORT.gather(SHORT.sqrt_one_minus_alphas_cumprod, t, x_t))
+        return x_t
+
+    accumulator = BoundAccumulator(SHORT, levels=3, variance_type="fixed_small", num_strata=3, seed=0)
+    accumulator.add(network, torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.arange(2))
+    values = torch.stack(noises).flatten()
+    assert len(noises) == 4
+    assert values.unique().numel() == values.numel()
+
+
 def test_standard_errors_come_from_the_totals_of_images() -> None:
     index = torch.arange(50)
     singles = [_accumulate([i[None]], num_strata=3) for i in index]

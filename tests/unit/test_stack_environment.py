@@ -71,3 +71,33 @@ def test_the_environment_leads_to_the_stacks_ports(stack):
 def test_loopback_is_not_proxied_and_own_exceptions_stay(stack, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "intranet.example, localhost")
     assert stack.environment()["NO_PROXY"] == "intranet.example,localhost,127.0.0.1"
+
+
+def test_an_empty_environment_is_complemented_with_everything(stack):
+    environ: dict[str, str] = {}
+    stack.complement(environ)
+    assert environ == stack.environment()
+
+
+@pytest.mark.parametrize(
+    ("decided", "untouched"),
+    [
+        ("AWS_PROFILE", ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_CONFIG_FILE")),
+        ("MLFLOW_TRACKING_URI", ("MLFLOW_HTTP_REQUEST_TIMEOUT",)),
+        ("RAY_ADDRESS", ("DDPM_DASHBOARD", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")),
+        ("RAY_API_SERVER_ADDRESS", ("DDPM_DASHBOARD", "RAY_ADDRESS", "RAY_AUTH_MODE")),
+    ],
+)
+def test_what_somebody_decided_is_not_mixed_with_the_stacks(stack, decided, untouched):
+    environ = {decided: "mine"}
+    stack.complement(environ)
+    assert environ[decided] == "mine"
+    assert not [name for name in untouched if name in environ]
+    assert len(environ) > 5  # the rest is there
+
+
+def test_a_cluster_named_otherwise_takes_nothing_of_ray(stack):
+    environ: dict[str, str] = {}
+    stack.complement(environ, skip=("ray",))
+    assert not [name for name in environ if name.startswith("RAY_A") or name == "DDPM_DASHBOARD"]
+    assert environ["AWS_ENDPOINT_URL"] == stack.s3_endpoint

@@ -1,0 +1,161 @@
+"""S3 servers for tests: moto's as a process of its own, and one that fails as it is told to."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+BUCKET = "tests"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def moto_server(log: Path) -> Iterator[str]:
+    """The address of a running server with one bucket, `BUCKET`."""
+    port = free_port()
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not _make_bucket(port):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _make_bucket(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("PUT", f"/{BUCKET}")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def use_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Lead boto3 to this endpoint, and to nobody's real credentials."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        patch.delenv(name)
+    patch.setenv("AWS_ENDPOINT_URL", endpoint)
+    patch.setenv("AWS_ACCESS_KEY_ID", "test")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    patch.setenv("AWS_CONFIG_FILE", os.devnull)
+    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    patch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@dataclass
+class HostileS3:
+    """Objects by path, and a script of what goes wrong: called with (method, path, number of the request).
+
+    It returns "" (nothing), a status ("503"), "short" (half of the body, then the line is cut), "drop" (the line is
+    cut before anything is done) or "lost" (it is done, and the line is cut before the answer).
+    """
+
+    script: Callable[[str, str, int], str] = lambda method, path, number: ""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """The server's address."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+_CODES = {"503": "SlowDown", "500": "InternalError", "409": "ConditionalRequestConflict"}
+
+
+def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def answer(self, status: int, body: bytes = b"", *, send: int | None = None, code: str = "") -> None:
+            if code:
+                body = f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", '"0"')
+            self.end_headers()
+            self.wfile.write(body[:send])
+            if send is not None:
+                self.cut()
+
+        def cut(self) -> None:
+            self.close_connection = True
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        def trouble(self) -> str:
+            s3.requests.append(f"{self.command} {self.path}")
+            what = s3.script(self.command, self.path, len(s3.requests))
+            if what == "drop":
+                self.cut()
+            elif what.isdecimal():
+                self.answer(int(what), code=_CODES[what])
+            return what
+
+        def do_GET(self) -> None:
+            what = self.trouble()
+            if what == "drop" or what.isdecimal():
+                return
+            body = s3.objects.get(self.path)
+            if body is None:
+                self.answer(404, code="NoSuchKey")
+            else:
+                self.answer(200, body, send=len(body) // 2 if what == "short" else None)
+
+        def do_PUT(self) -> None:
+            # Expect: 100-continue is answered by the base class
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            what = self.trouble()
+            if what == "drop" or what.isdecimal():
+                return
+            if self.headers.get("If-None-Match") == "*" and self.path in s3.objects:
+                self.answer(412, code="PreconditionFailed")
+                return
+            s3.objects[self.path] = body
+            if what == "lost":
+                self.cut()
+            else:
+                self.answer(200)
+
+    return Handler

@@ -1,0 +1,287 @@
+"""The configuration: what is a mistake and how it is told, and what a run's identity depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.config import Config, digest, load_config, parse_config, validated
+from pipelines.errors import UserError
+from tests.support.runs import TINY, tiny_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+
+
+def problem(text: str, *overrides: str) -> str:
+    """The one line that a wrong configuration costs."""
+    with pytest.raises(UserError) as caught:
+        parse_config(text, overrides, where="my.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["digits.yaml", "cifar10.yaml"])
+def test_the_shipped_configurations_load_by_name_and_by_path(name: str) -> None:
+    config = load_config(name)
+    assert config == load_config(CONFIGS / name)
+    assert config.name == name.removesuffix(".yaml")
+
+
+def test_cifar10_has_the_published_hyper_parameters() -> None:
+    config = load_config("cifar10.yaml")
+    assert (config.schedule.kind, config.schedule.num_timesteps) == ("linear", 1000)
+    assert (config.schedule.beta_start, config.schedule.beta_end) == (1e-4, 0.02)
+    assert (config.train.batch_size, config.train.steps, config.optimizer.learning_rate) == (
+        128,
+        800_000,
+        2e-4,
+    )
+    assert (config.ema.decay, config.optimizer.grad_clip, config.optimizer.warmup_steps) == (
+        0.9999,
+        1.0,
+        5000,
+    )
+    assert (config.model.dropout, config.data.flip, config.optimizer.adam_betas) == (0.1, True, (0.9, 0.999))
+
+
+def test_a_file_of_ones_own_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    assert load_config("digits.yaml").name == "tiny"
+
+
+@pytest.mark.parametrize("path", ["missing.yaml", "elsewhere/digits.yaml"])
+def test_a_missing_file(path: str) -> None:
+    with pytest.raises(UserError, match=f"^{path}: no such configuration file$"):
+        load_config(path)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match=r"x\.yaml: .*UTF-8"):
+        load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.steps=3", "my.yaml: trian: no such setting; did you mean 'train'?"),
+        ("train.step=3", "my.yaml: train.step: no such setting; did you mean 'steps'?"),
+        (
+            "schedule.beta_strat=0.1",
+            "my.yaml: schedule.beta_strat: no such setting; did you mean 'beta_start'?",
+        ),
+        ("ema.x=1", "my.yaml: ema.x: no such setting; there are decay, warmup"),
+        (
+            "train.steps=1.5",
+            "my.yaml: train.steps: input should be a valid integer, got a number with a fractional part, got 1.5",
+        ),
+        (
+            "train.steps=many",
+            "my.yaml: train.steps: input should be a valid integer, unable to parse string as an integer, "
+            "got 'many'",
+        ),
+        ("train.steps=0", "my.yaml: train.steps: input should be greater than or equal to 1, got 0"),
+        ("train.micro_batches=3", "my.yaml: train.micro_batches: must divide batch_size 8, got 3"),
+        ("sample.batch_size=3", "my.yaml: sample.batch_size: must divide unit_size 4, got 3"),
+        (
+            "workers.num=5",
+            "my.yaml: workers.num: must be at most train.micro_batches 4, got 5; each worker takes whole "
+            "micro-batches",
+        ),
+        (
+            "schedule.beta_end=2",
+            "my.yaml: schedule.beta_end: must be at least beta_start (0.0001) and below 1, got 2.0",
+        ),
+        ("model.base_channels=7", "my.yaml: model.base_channels: must be even and at least 4, got 7"),
+        (
+            "model.channel_mults=[1,a]",
+            "my.yaml: model.channel_mults.1: input should be a valid integer, unable to parse string as an "
+            "integer, got 'a'",
+        ),
+        ("sampler.kind=euler", "my.yaml: sampler.kind: input should be 'ancestral' or 'ddim', got 'euler'"),
+        ("sampler.eta=2", "my.yaml: sampler.eta: must be between 0 and 1, got 2.0"),
+        (
+            "tune.beta_start=[0.5, 0.1]",
+            "my.yaml: tune.beta_start: must be a range [low, high] in (0, 1), got [0.5, 0.1]",
+        ),
+        (
+            "optimizer.learning_rate=.nan",
+            "my.yaml: optimizer.learning_rate: input should be a finite number, got nan",
+        ),
+        (
+            "optimizer.learning_rate=.inf",
+            "my.yaml: optimizer.learning_rate: input should be a finite number, got inf",
+        ),
+        ("workers.cpus=.inf", "my.yaml: workers.cpus: input should be a finite number, got inf"),
+        (
+            "data.flip=maybe",
+            "my.yaml: data.flip: input should be a valid boolean, unable to interpret input, got 'maybe'",
+        ),
+        (
+            "name=No Spaces",
+            "my.yaml: name: string should match pattern '^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$', got 'No Spaces'",
+        ),
+        ("train.steps", "--set train.steps: must be section.key=value"),
+        ("=3", "--set =3: must be section.key=value"),
+        ("name.x=3", "--set name.x=3: name is a value, not a section"),
+        ("seed=[1", "--set seed=[1: the value is not valid YAML"),
+        # YAML reads this as a date, and there is none such
+        ("name=2024-13-45", "--set name=2024-13-45: the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_field(override: str, message: str) -> None:
+    assert problem(TINY, override) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "my.yaml: must hold sections such as `data:` and `model:`, got NoneType"),
+        ("- 1", "my.yaml: must hold sections such as `data:` and `model:`, got list"),
+        ("name: x", "my.yaml: data: is required and missing (and 1 more)"),
+        (
+            "name: a\ndata: [",
+            "my.yaml line 2: not valid YAML: expected the node content, but found '<stream end>'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_configuration(text: str, message: str) -> None:
+    assert problem(text) == message
+
+
+@pytest.mark.parametrize("text", ["name: x\x00y", "name: 2024-13-45", "name: !!python/object:os.system x"])
+def test_what_yaml_itself_refuses_is_one_line(text: str) -> None:
+    assert problem(text).startswith("my.yaml")
+
+
+def test_an_empty_sweep_is_a_mistake() -> None:
+    assert "tune.num_timesteps" in problem(TINY, "tune.num_timesteps=[]")
+
+
+def test_overrides_reach_every_kind_of_value() -> None:
+    config = tiny_config(
+        "seed=7",
+        "data.flip=false",
+        "schedule.beta_end=2e-1",
+        "model.channel_mults=[1, 1, 2]",
+        "model.attention_resolutions=[]",
+        "sampler.num_steps=null",
+        "storage=s3://b/p=q",
+        "prepare.levels=17",
+    )
+    assert (config.seed, config.data.flip, config.schedule.beta_end) == (7, False, 0.2)
+    assert (config.model.channel_mults, config.model.attention_resolutions) == ((1, 1, 2), ())
+    assert (config.sampler.num_steps, config.storage, config.prepare.levels) == (None, "s3://b/p=q", 17)
+
+
+WHERE_AND_HOW_LONG = [
+    "data.uri=s3://other/place", "data.cache_bytes=2097152", "storage=elsewhere", "workers.num=3",
+    "workers.cpus=2", "workers.gpus=1", "workers.max_failures=9", "tracking.experiment=other", "train.steps=7",
+    "train.log_every=3", "train.eval_every=3", "train.checkpoint_every=3", "train.keep_checkpoints=9",
+    "bound.num_strata=5", "bound.num_images=9", "sampler.kind=ancestral", "sampler.num_steps=3", "sample.count=5",
+    "sample.seed=3", "tune.num_trials=3", "tune.workers=2", "prepare.levels=5",
+]  # fmt: skip
+WHAT = [
+    "name=other", "seed=1", "data.flip=false", "schedule.kind=cosine", "schedule.num_timesteps=51",
+    "schedule.beta_start=0.0002", "schedule.beta_end=0.3", "schedule.cosine_s=0.01", "schedule.beta_max=0.9",
+    "model.base_channels=12", "model.channel_mults=[1, 1]", "model.num_res_blocks=2",
+    "model.attention_resolutions=[]", "model.dropout=0.1", "model.num_groups=2", "model.image_size=16",
+    "model.in_channels=3", "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
+    "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
+    "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
+]  # fmt: skip
+
+
+def test_where_and_how_long_do_not_change_the_run() -> None:
+    base = tiny_config()
+    assert [o for o in WHERE_AND_HOW_LONG if tiny_config(o).run_name("data") != base.run_name("data")] == []
+    # each of them is a change, though
+    assert [o for o in WHERE_AND_HOW_LONG if tiny_config(o) == base] == []
+
+
+def test_every_part_of_what_changes_the_run_to_another_one() -> None:
+    overrides = [
+        (),
+        *((o,) if "image_size" not in o else (o, "model.attention_resolutions=[8]") for o in WHAT),
+    ]
+    names = [tiny_config(*o).run_name("data") for o in overrides]
+    assert len(set(names)) == len(names)
+    assert tiny_config().run_name("other data") not in names
+
+
+def test_every_field_is_on_one_of_the_two_lists() -> None:
+    """A new setting must be put into the identity, or be found not to belong there."""
+    named = {override.split("=")[0] for override in (*WHERE_AND_HOW_LONG, *WHAT)}
+    # of these only the part that a mass-generated set or a sweep is made with; they have identities of their own
+    apart = ("sampler.", "sample.", "tune.", "prepare.", "bound.")
+    missing = [
+        field for field in _fields(tiny_config()) if field not in named and not field.startswith(apart)
+    ]
+    assert missing == []
+
+
+def _fields(config: Config) -> list[str]:
+    found = []
+    for section, values in config.model_dump(mode="json").items():
+        found += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [section]
+    return found
+
+
+def test_a_run_name_keeps_its_value_over_versions_of_the_program() -> None:
+    """A changed hash would make every run that exists look like another one: then raise FORMAT_VERSION."""
+    assert tiny_config().run_name("0" * 64) == "tiny-1360536032"
+
+
+def test_numbers_that_are_equal_are_the_same_run() -> None:
+    assert tiny_config("schedule.beta_end=2e-1", "model.dropout=0.20").run_name(
+        "d"
+    ) == tiny_config().run_name("d")
+    assert tiny_config("optimizer.grad_clip=1").run_name("d") == tiny_config(
+        "optimizer.grad_clip=1.0"
+    ).run_name("d")
+
+
+@pytest.mark.parametrize("name", ["digits.yaml", "cifar10.yaml"])
+def test_yaml_there_and_back(name: str) -> None:
+    config = load_config(name)
+    again = parse_config(config.to_yaml())
+    assert again == config
+    assert again.run_name("d") == config.run_name("d")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rate=st.floats(1e-12, 1e3),
+    beta=st.floats(1e-9, 0.9, exclude_max=True),
+    seed=st.integers(-(2**70), 2**70),
+    storage=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20),
+)
+def test_yaml_keeps_every_bit(rate: float, beta: float, seed: int, storage: str) -> None:
+    values: dict[str, Any] = yaml.safe_load(TINY)
+    values["optimizer"]["learning_rate"] = rate
+    values["schedule"] |= {"beta_start": beta, "beta_end": 0.9}
+    values |= {"seed": seed, "storage": storage}
+    config = validated(Config, values, "x")
+    again = parse_config(config.to_yaml())
+    assert again == config
+    assert again.run_name("d") == config.run_name("d")
+
+
+def test_a_configuration_is_not_changed_by_accident() -> None:
+    config = tiny_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert digest({"a": 1, "b": [1, 2]}) != digest({"a": 1, "b": [2, 1]})

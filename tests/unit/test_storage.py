@@ -1,0 +1,377 @@
+"""One contract for both kinds of storage."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from pipelines.adapters.s3 import S3Storage, _client
+from pipelines.errors import UserError
+from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
+from tests.support.s3 import BUCKET, free_port, moto_server, use_endpoint
+
+HOSTILE = ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", ".", "a/./b", "a//b", "a/"]
+KEYS = ["plain", "a/b/c.tar", "a b+c", "%2F and %41", "é 漢", "x" * 200, "q?x=1&y=2#z", "<&>\"'"]
+
+_numbers = count()
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with (
+        moto_server(tmp_path_factory.mktemp("moto") / "log") as address,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        use_endpoint(patch, address)
+        yield address
+
+
+@pytest.fixture
+def s3(endpoint: str) -> Storage:
+    return open_storage(f"s3://{BUCKET}/test-{next(_numbers)}")
+
+
+@pytest.fixture(params=["file", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "file":
+        return open_storage(str(tmp_path / "some where"))
+    found: Storage = request.getfixturevalue("s3")
+    return found
+
+
+def test_what_is_put_is_got(storage: Storage) -> None:
+    for key in KEYS:
+        storage.put(key, key.encode() * 3)
+    assert {key: storage.get(key) for key in KEYS} == {key: key.encode() * 3 for key in KEYS}
+    assert [info.key for info in storage.list()] == sorted(KEYS)
+
+
+def test_put_replaces_and_may_be_empty(storage: Storage) -> None:
+    storage.put("x", b"long content")
+    storage.put("x", b"")
+    assert storage.get("x") == b""
+    assert storage.list() == [ObjectInfo("x", 0)]
+
+
+def test_ranges(storage: Storage) -> None:
+    storage.put("x", bytes(range(100)))
+    assert storage.get_range("x", 0, 100) == bytes(range(100))
+    assert storage.get_range("x", 98, 2) == bytes([98, 99])
+    assert storage.get_range("x", 5, 1) == bytes([5])
+    assert storage.get_range("x", 5, 0) == b""
+    with pytest.raises(ObjectMissing):
+        storage.get_range("missing", 0, 1)
+
+
+@pytest.mark.parametrize(("start", "length"), [(98, 3), (100, 1), (500, 2)])
+def test_a_range_past_the_end_is_an_error_and_never_short(
+    storage: Storage, start: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.adapters.s3.time.sleep", lambda s: None)
+    storage.put("x", bytes(range(100)))
+    with pytest.raises(StorageError, match="x") as caught:
+        storage.get_range("x", start, length)
+    assert not isinstance(caught.value, ObjectMissing)
+
+
+def test_listing(storage: Storage) -> None:
+    for key in ("b/2", "b/10", "a", "b1", "b/c/d"):
+        storage.put(key, b"12345")
+    assert [info.key for info in storage.list()] == ["a", "b/10", "b/2", "b/c/d", "b1"]
+    assert [info.key for info in storage.list("b")] == ["b/10", "b/2", "b/c/d", "b1"]
+    assert [info.key for info in storage.list("b/")] == ["b/10", "b/2", "b/c/d"]
+    assert [info.key for info in storage.list("b/1")] == ["b/10"]
+    assert storage.list("none/") == []
+    assert {info.num_bytes for info in storage.list()} == {5}
+
+
+def test_listing_where_nothing_was_ever_put(storage: Storage) -> None:
+    assert storage.child("nowhere").list() == []
+
+
+def test_listing_more_than_one_page(s3: Storage, endpoint: str) -> None:
+    names = [f"{number:02d}" for number in range(23)]
+    for name in names:
+        s3.put(name, b"")
+    events = _client(os.getpid(), endpoint).meta.events
+    pages = []
+
+    def small_page(params: dict[str, object], **_: object) -> None:
+        pages.append(params.setdefault("MaxKeys", 10))
+
+    events.register("provide-client-params.s3.ListObjectsV2", small_page)
+    try:
+        assert [info.key for info in s3.list()] == names
+    finally:
+        events.unregister("provide-client-params.s3.ListObjectsV2", small_page)
+    assert len(pages) == 3
+
+
+def test_deleting_more_than_one_request_takes(s3: Storage) -> None:
+    s3.put("first", b"")
+    s3.put("last", b"")
+    s3.delete(["first", *(f"missing-{number}" for number in range(1500)), "last"])
+    assert s3.list() == []
+
+
+def test_children(storage: Storage) -> None:
+    child = storage.child("a", "b/c")
+    child.put("x", b"1")
+    assert storage.get("a/b/c/x") == b"1"
+    assert [info.key for info in child.list()] == ["x"]
+    assert child.uri == f"{storage.uri}/a/b/c"
+    assert open_storage(child.uri).get("x") == b"1"
+
+
+def test_a_child_does_not_see_its_neighbour_of_a_longer_name(storage: Storage) -> None:
+    storage.put("run/x", b"1")
+    storage.put("run2/x", b"2")
+    assert [info.key for info in storage.child("run").list()] == ["x"]
+
+
+def test_delete_and_exists(storage: Storage) -> None:
+    storage.put("a/x", b"1")
+    storage.put("a/y", b"2")
+    assert storage.exists("a/x")
+    assert not storage.exists("a")
+    assert not storage.exists("a/z")
+    storage.delete(["a/x", "a/missing", "nowhere/at/all"])
+    assert [info.key for info in storage.list()] == ["a/y"]
+    assert not storage.exists("a/x")
+    storage.delete([])
+    storage.delete(iter(["a/y"]))
+    assert storage.list() == []
+
+
+@pytest.mark.parametrize("key", ["x", "folder", "file/below", "no/such/folder/x"])
+def test_a_missing_object_is_named(storage: Storage, key: str) -> None:
+    storage.put("folder/y", b"")
+    storage.put("file", b"")
+    with pytest.raises(ObjectMissing, match=key):
+        storage.get(key)
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_hostile_keys_are_refused_by_everything(storage: Storage, key: str) -> None:
+    attempts: list[Callable[[], object]] = [
+        lambda: storage.get(key),
+        lambda: storage.get_range(key, 0, 1),
+        lambda: storage.put(key, b""),
+        lambda: storage.put_if_absent(key, b""),
+        lambda: storage.exists(key),
+        lambda: storage.delete([key]),
+        lambda: storage.child(key),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UserError, match="is no object key"):
+            attempt()
+    assert storage.list() == []
+
+
+@pytest.mark.parametrize("prefix", ["../", "../neighbour", "a/../../neighbour/", "/", "/etc/"])
+def test_a_listing_cannot_leave_its_prefix(storage: Storage, prefix: str) -> None:
+    storage.put("neighbour/x", b"")
+    storage = storage.child("own")
+    storage.put("x", b"")
+    try:
+        found = storage.list(prefix)
+    except UserError:
+        return
+    assert found == []
+
+
+def test_put_if_absent(storage: Storage) -> None:
+    assert storage.put_if_absent("a/commit", b"first") is True
+    assert storage.put_if_absent("a/commit", b"second") is False
+    # not even with the same bytes
+    assert storage.put_if_absent("a/commit", b"first") is False
+    assert storage.get("a/commit") == b"first"
+    assert [info.key for info in storage.list()] == ["a/commit"]
+
+
+def test_put_if_absent_has_one_winner_of_eight_threads(storage: Storage) -> None:
+    for round_number in range(5):
+        barrier = threading.Barrier(8)
+        outcomes: dict[int, bool] = {}
+
+        def attempt(
+            number: int,
+            key: str = f"commit-{round_number}",
+            barrier: threading.Barrier = barrier,
+            outcomes: dict[int, bool] = outcomes,
+        ) -> None:
+            barrier.wait()
+            outcomes[number] = storage.put_if_absent(key, str(number).encode() * 1000)
+
+        threads = [threading.Thread(target=attempt, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [number for number, won in outcomes.items() if won]
+        assert len(outcomes) == 8
+        assert len(winners) == 1
+        assert storage.get(f"commit-{round_number}") == str(winners[0]).encode() * 1000
+
+
+_RACER = """\
+import sys, time
+from pathlib import Path
+from pipelines.storage import FileStorage
+root, number = Path(sys.argv[1]), sys.argv[2]
+storage = FileStorage(root / "objects")
+(root / f"ready-{number}").touch()
+while not (root / "go").exists():
+    pass
+print(sum(storage.put_if_absent(f"commit-{n}", number.encode()) << n for n in range(40)))
+"""
+
+
+def test_put_if_absent_has_one_winner_of_four_processes(tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen([sys.executable, "-c", _RACER, str(tmp_path), str(number)], stdout=subprocess.PIPE)
+        for number in range(4)
+    ]
+    while len(list(tmp_path.glob("ready-*"))) < 4:
+        assert all(racer.poll() is None for racer in racers)
+    (tmp_path / "go").touch()
+    won = [int(racer.communicate()[0]) for racer in racers]
+    assert all(racer.returncode == 0 for racer in racers)
+    # bit n is set for exactly one
+    assert sum(won) == won[0] | won[1] | won[2] | won[3] == 2**40 - 1
+    storage = FileStorage(tmp_path / "objects")
+    for number in range(40):
+        assert won[int(storage.get(f"commit-{number}"))] >> number & 1
+    assert len(list((tmp_path / "objects").iterdir())) == 40
+
+
+def test_storages_cross_process_borders(storage: Storage) -> None:
+    storage.put("x", b"1")
+    again = pickle.loads(pickle.dumps(storage))  # noqa: S301  what Ray does with arguments
+    assert again.uri == storage.uri
+    assert again.get("x") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("", "an empty storage address"),
+        ("s3://", "names no bucket"),
+        ("s3:///prefix", "names no bucket"),
+        ("gs://bucket/x", "not gs://"),
+        ("https://host/x", "not https://"),
+    ],
+)
+def test_a_wrong_address(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_storage(uri)
+
+
+def test_addresses_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_storage("a/b").uri == (tmp_path / "a/b").as_uri()
+    assert open_storage(f"{tmp_path.as_uri()}/with%20space").uri == (tmp_path / "with space").as_uri()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_addresses_of_buckets() -> None:
+    assert open_storage("s3://b/").uri == "s3://b"
+    assert open_storage("s3://b/x/y/").uri == "s3://b/x/y"
+    assert open_storage("s3://b").child("x").uri == "s3://b/x"
+
+
+def test_a_bucket_without_prefix(endpoint: str) -> None:
+    root = open_storage(f"s3://{BUCKET}")
+    root.put("rooted/x", b"1")
+    assert [info.key for info in root.list("rooted/")] == ["rooted/x"]
+    assert root.get("rooted/x") == b"1"
+    root.delete(["rooted/x"])
+
+
+def _everything(storage: Storage) -> list[Callable[[], object]]:
+    return [
+        lambda: storage.get("x"),
+        lambda: storage.get_range("x", 0, 1),
+        lambda: storage.put("x", b""),
+        lambda: storage.put_if_absent("x", b""),
+        lambda: storage.list(),
+        lambda: storage.exists("x"),
+        lambda: storage.delete(["x"]),
+    ]
+
+
+def _one_line(attempt: Callable[[], object]) -> str:
+    with pytest.raises(StorageError) as caught:
+        attempt()
+    assert not isinstance(caught.value, ObjectMissing)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_missing_bucket_is_no_missing_object(endpoint: str) -> None:
+    for attempt in _everything(open_storage("s3://no-such-bucket/x")):
+        assert f"{endpoint} has no bucket 'no-such-bucket'; make it first" in _one_line(attempt)
+
+
+def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    use_endpoint(monkeypatch, address)
+    monkeypatch.setattr("pipelines.adapters.s3.time.sleep", lambda s: None)
+    for attempt in _everything(open_storage("s3://b/p")):
+        message = _one_line(attempt)
+        assert message.startswith("s3://b/p")
+        assert f"{address} does not answer; check AWS_ENDPOINT_URL" in message
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost:9000", "http://", "http://no spaces/", "http://h:99999", "ftp://h"]
+)
+def test_an_endpoint_that_is_no_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_endpoint(monkeypatch, address)
+    monkeypatch.setattr("pipelines.adapters.s3.time.sleep", lambda s: None)
+    with pytest.raises(UserError) as caught:
+        open_storage("s3://b/p").get("x")
+    assert "\n" not in str(caught.value)
+    assert "AWS_ENDPOINT_URL" in str(caught.value) or address in str(caught.value)
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_endpoint(monkeypatch, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    message = _one_line(lambda: open_storage("s3://b/p").get("x"))
+    assert (
+        message
+        == "s3://b/p/x: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+    )
+
+
+def test_an_impossible_bucket_name(endpoint: str) -> None:
+    assert "s3://Not_A_Bucket!" in _one_line(lambda: open_storage("s3://Not_A_Bucket!/p").put("x", b""))
+
+
+def test_a_process_has_one_client_for_an_endpoint(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _client(os.getpid(), endpoint) is _client(os.getpid(), endpoint)
+    # neither after a fork nor for another server
+    assert _client(os.getpid() + 1, endpoint) is not _client(os.getpid(), endpoint)
+    first = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", first)
+    assert _client(os.getpid(), first) is not _client(os.getpid(), endpoint)
+    assert _client(os.getpid(), first).meta.endpoint_url == first
+
+
+def test_the_more_special_endpoint_variable_wins(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    storage = S3Storage(BUCKET, "special")
+    storage.put("x", b"1")
+    assert storage.get("x") == b"1"
