@@ -10,25 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.local import find
+from infra.local import StackError, find
 from pipelines.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-
-# variables that say together where something is and who asks; from two sources they would not fit each other
-_GROUPS = (
-    (
-        "AWS_ENDPOINT_URL",
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN",
-        "AWS_PROFILE",
-    ),
-    ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"),
-    ("MLFLOW_TRACKING_URI",),
-)
 
 
 def state_dir() -> Path:
@@ -36,21 +22,18 @@ def state_dir() -> Path:
     return Path(os.environ.get("DDPM_STATE", ".ddpm")).expanduser().absolute()
 
 
-def use_local_stack(*, force: bool = False) -> None:
-    """Take from a running local stack what the environment does not say; with `force`, all of it."""
-    stack = find(state_dir())
-    if stack is None:
-        return
-    offered = stack.environment()
-    if force:
-        for group in _GROUPS:
-            for name in group:
-                os.environ.pop(name, None)
-    for group in _GROUPS:
-        if any(name in os.environ for name in group):
-            for name in group:
-                offered.pop(name, None)
-    os.environ.update({name: value for name, value in offered.items() if name not in os.environ})
+def use_local_stack(address: str | None = None) -> None:
+    """Take from a running local stack what the environment does not say; no Ray where an address is given.
+
+    Before the first import of ray, which reads the environment only then.
+    """
+    try:
+        stack = find(state_dir())
+    except StackError as error:
+        raise UserError(str(error)) from None
+    if stack is not None:
+        elsewhere = address not in (None, stack.ray_address, stack.dashboard_url)
+        stack.complement(skip=("ray",) if elsewhere else ())
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

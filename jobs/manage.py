@@ -28,7 +28,7 @@ def add_command_arguments(command: str, parser: argparse.ArgumentParser) -> None
 
 
 def run(arguments: argparse.Namespace) -> int:
-    common.use_local_stack()
+    common.use_local_stack(arguments.address)
     if arguments.command == "list":
         for job in submission.list_jobs(address=arguments.address):
             print(_line(job))

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    common.use_local_stack()
+    common.use_local_stack(arguments.address)
     config = common.config_of(arguments)
 
     from tqdm import tqdm

@@ -76,8 +76,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        # a t that was never drawn has no value, which JSON calls null
-        values["bound"]["per_t"] = [None if np.isnan(term) else term for term in self.bound.per_t]
+        # a t that was never drawn has no value, nor has the spread of one image; JSON calls that null
+        bound = {name: None if np.isscalar(v) and np.isnan(v) else v for name, v in values["bound"].items()}
+        bound["per_t"] = [None if np.isnan(term) else term for term in self.bound.per_t]
+        values["bound"] = bound
         return {"format_version": FORMAT_VERSION, **values}
 
 
@@ -101,6 +103,8 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
         train_images, train_labels, seed=config.seed, num_classes=len(dataset.classes)
     )
     count = min(len(train_images), len(test_images), record.count, _MOST_IMAGES)
+    if count < 2:
+        raise UserError(f"{samples.uri}: distances need at least 2 images a side, and here there is {count}")
     reference = classifier.features(test_images[:count])
     made, shares = _samples(samples, classifier, count)
     noise = to_uint8(

@@ -7,6 +7,7 @@ done; `samples.json` is the record of the whole and comes last.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -200,23 +201,26 @@ class SampleSet:
         )
         attempt = uuid.uuid4().hex[:12]
         records: list[ObjectRecord] = []
-        won = False
         try:
             for suffix, data in (("tar", packed.tar), ("index.parquet", packed.index)):
                 records.append(put_recorded(self.storage, f"shard-{unit:06d}-{attempt}.{suffix}", data))
-            commit = UnitCommit(
-                format_version=FORMAT_VERSION,
-                unit=unit,
-                start=numbers.start,
-                stop=numbers.stop,
-                shard=records[0],
-                index=records[1],
-            )
-            won = self.storage.put_if_absent(_unit_key(unit), commit.model_dump_json().encode())
-        finally:
-            if not won:
+        except BaseException:
+            with contextlib.suppress(UserError):
                 self.storage.delete(record.key for record in records)
-        return commit if won else self.unit(unit)
+            raise
+        commit = UnitCommit(
+            format_version=FORMAT_VERSION,
+            unit=unit,
+            start=numbers.start,
+            stop=numbers.stop,
+            shard=records[0],
+            index=records[1],
+        )
+        # from here on an error does not say that there is no commit, so the objects stay
+        if self.storage.put_if_absent(_unit_key(unit), commit.model_dump_json().encode()):
+            return commit
+        self.storage.delete(record.key for record in records)
+        return self.unit(unit)
 
     def unit(self, unit: int) -> UnitCommit:
         return read_record(self.storage, _unit_key(unit), UnitCommit, FORMAT_VERSION)

@@ -30,7 +30,6 @@ from pipelines.training import TrainingError
 log = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 300
-_FATAL = "fatal"
 
 
 class RayWorker:
@@ -57,15 +56,17 @@ class RayWorker:
         ray.train.report(metrics)
 
 
-def _worker(arguments: dict[str, Any]) -> None:
+def _worker(arguments: dict[str, Any]) -> str | None:
+    """Train; returns why training can't go on, if it can't."""
     configure_worker_logging()
     config = parse_config(arguments["config"])
     world = RayWorker()
     try:
         train(open_run(config), world, parent_run_id=arguments["parent_run_id"])
     except TrainingError as error:
-        # every worker meets it at the same step; as a report it ends the run, as an exception Ray would retry
-        world.report({_FATAL: str(error)})
+        # every worker meets it at the same step; as an exception, Ray would have it done again
+        return str(error)
+    return None
 
 
 def fit(config: Config, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = None) -> None:
@@ -101,9 +102,8 @@ def fit(config: Config, *, callbacks: Sequence[Any] = (), parent_run_id: str | N
         except ray.train.TrainingFailedError as error:
             cause = error.__cause__ or error
             raise UserError(f"training failed: {_root_cause(error) or one_line(cause)}") from error
-    fatal = (result.metrics or {}).get(_FATAL)
-    if fatal:
-        raise TrainingError(str(fatal))
+    if result.return_value:
+        raise TrainingError(str(result.return_value))
 
 
 def _root_cause(error: BaseException) -> str | None:

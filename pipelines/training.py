@@ -205,7 +205,7 @@ class Learner:
             self.model.load_state_dict(state.groups["weights"])
             self.ema.load(state.groups["ema"])
             # copies, since Adam changes them in place; its step counter stays on the CPU, as torch keeps it
-            moments = {
+            moments: dict[Any, dict[str, Tensor]] = {
                 parameter: {
                     key: state.groups["optimizer"][f"{key}/{name}"].to(
                         "cpu" if key == "step" else self.device, copy=True

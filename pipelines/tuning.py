@@ -7,7 +7,6 @@ not: its floor moves with the schedule.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -15,9 +14,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ddpm_core.schedules import Schedule, ScheduleConfig
+from pipelines.checkpoints import read_record
 from pipelines.config import Config, digest
 from pipelines.errors import UserError
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import ObjectMissing, Storage, open_storage
 
 FORMAT_VERSION = 1
 RECORD = "sweep.json"
@@ -64,7 +64,8 @@ class Trial(BaseModel):
 
     @property
     def rank(self) -> float:
-        return math.inf if self.bits_per_dim is None else self.bits_per_dim
+        value = self.bits_per_dim
+        return value if value is not None and math.isfinite(value) else math.inf
 
 
 class Sweep(BaseModel):
@@ -127,6 +128,8 @@ def check_space(config: Config) -> list[str]:
             point = {"num_timesteps": num_timesteps, "beta_start": config.tune.beta_start[0], "beta_end": end}
             try:
                 schedule = Schedule.from_config(trial_schedule(point))
+                # the steepest corner too: β may not fall
+                trial_schedule({**point, "beta_start": config.tune.beta_start[1]})
             except ValueError as error:
                 raise UserError(
                     f"tune.beta_end: {end} scaled to T = {num_timesteps} is "
@@ -190,15 +193,10 @@ def require_whole(trials: Iterable[Trial]) -> None:
 
 def read_sweep(storage: Storage) -> Sweep | None:
     """The record of a finished sweep, or None."""
-    if not storage.exists(RECORD):
+    try:
+        return read_record(storage, RECORD, Sweep, FORMAT_VERSION)
+    except ObjectMissing:
         return None
-    values = json.loads(storage.get(RECORD))
-    if values.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{storage.uri}/{RECORD}: has format version {values.get('format_version')}, "
-            f"this program reads version {FORMAT_VERSION}"
-        )
-    return Sweep.model_validate(values)
 
 
 def write_sweep(storage: Storage, identity: dict[str, Any], trials: Iterable[Trial]) -> Sweep:

@@ -300,5 +300,10 @@ def _save_buckets(folder: Path, found: State, log: Log) -> None:
         if stack.snapshot_path.exists():
             log(f"S3 server: was not running; {stack.snapshot_path} stays as it was")
         return
-    count = snapshot.save(stack.s3_endpoint, stack.snapshot_path)
+    try:
+        count = snapshot.save(stack.s3_endpoint, stack.snapshot_path)
+    except StackError as error:
+        raise StackError(
+            f"{error}; the S3 server goes on with them: run `ddpm down` again, or with --discard to give them up"
+        ) from None
     log(f"S3 server: {count} objects saved to {stack.snapshot_path}")

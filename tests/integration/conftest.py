@@ -15,7 +15,7 @@ from infra.local import Stack, down, ports, process, up
 def read_rays_settings_again() -> None:
     """Ray read the environment when a test module imported it, before there was a stack."""
     if "ray" in sys.modules:
-        importlib.import_module("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
+        vars(importlib.import_module("ray._private.ray_constants"))["ENABLE_RAY_CLUSTER"] = False
         raylet = importlib.import_module("ray._raylet")
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()

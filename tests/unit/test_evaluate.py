@@ -1,0 +1,222 @@
+"""The judgement of a sample set: equally many images on each side, a report that is JSON, mistakes in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import evaluate as module
+from pipelines.checkpoints import Checkpoint, Checkpoints
+from pipelines.config import Config
+from pipelines.dataset import Dataset
+from pipelines.errors import UserError
+from pipelines.evaluate import Evaluation, draw, evaluate
+from pipelines.images import encode_png
+from pipelines.sampling import Recipe, SampleSet, recipe_of, sample_set
+from pipelines.shards import Sample, pack
+from pipelines.storage import open_storage
+from pipelines.tracking import History, Row
+from pipelines.training import Learner, SingleWorker
+from tests.support.data import packed, put_dataset, random_images
+from tests.support.runs import made_up_batches, tiny_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and a classifier that learns little."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trained = functools.partial(module.train_classifier, num_steps=20)
+    monkeypatch.setattr(module, "train_classifier", trained)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    images = random_images(64)
+    return put_dataset(
+        tmp_path / "data", {"train": [packed(images[:40])], "test": [packed(images[40:52], 40)]}, (1, 8, 8)
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny_config(f"data.uri={tmp_path}/data", f"storage={tmp_path}/results", "bound.num_images=1")
+
+
+@pytest.fixture
+def checkpoint(config: Config, tmp_path: Path) -> Checkpoint:
+    learner = Learner(config, CPU)
+    learner.step(0, made_up_batches(config, 0), SingleWorker(CPU))
+    record = {
+        "seed": 0,
+        "run": "r",
+        "dataset": "d",
+        "config": config.model_dump(mode="json"),
+        "metrics": {},
+        "versions": {},
+    }
+    return Checkpoints(open_storage(str(tmp_path / "run"))).save(learner.state(1), record)
+
+
+def samples_of(
+    config: Config, checkpoint: Checkpoint, images: np.ndarray | None = None
+) -> tuple[Recipe, SampleSet]:
+    """A finished set of these images, or of random ones."""
+    recipe = recipe_of(config, checkpoint, 256)
+    found = sample_set(config, recipe)
+    made = torch.from_numpy(random_images(10, seed=5) if images is None else images)
+    for unit, start in enumerate(range(0, recipe.settings.count, 4)):
+        found.write_unit(recipe, unit, made[start : min(start + 4, recipe.settings.count)])
+    found.finish(recipe)
+    return recipe, found
+
+
+def test_a_judgement(config: Config, dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    recipe, samples = samples_of(config, checkpoint)
+    found = evaluate(config, dataset, checkpoint, samples)
+    assert [distance.name for distance in found.distances] == ["samples", "real", "noise"]
+    # as many as the smallest of the three has: ten samples, twelve held-out images, forty training images
+    assert [distance.count for distance in found.distances] == [10, 10, 10]
+    for distance in found.distances:
+        assert distance.frechet >= 0
+        assert 0.1 <= distance.confidence <= 1
+        assert all(math.isfinite(value) for value in (distance.frechet, distance.kernel))
+    assert list(found.class_shares) == [str(number) for number in range(10)]
+    assert sum(found.class_shares.values()) == pytest.approx(1)
+    assert found.num_samples == 10
+    # all held-out images, whatever the setting for training says
+    assert found.bound.num_images == 12
+    assert found.bound.total == pytest.approx(
+        found.bound.reconstruction + found.bound.consistency + found.bound.prior
+    )
+    assert (found.checkpoint, found.step, found.samples) == (checkpoint.uri, 1, samples.uri)
+    assert 0 <= found.classifier_accuracy <= 1
+    _report_is_json(found)
+    _pictures_are_there(found, dataset, checkpoint, recipe, samples, tmp_path)
+
+
+def _report_is_json(found: Evaluation) -> None:
+    report = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert report["format_version"] == 1
+    assert report["distances"][0] == dataclasses.asdict(found.distances[0])
+    # twelve images with two draws each do not reach all of 49 timesteps
+    per_t = report["bound"]["per_t"]
+    assert len(per_t) == 50
+    assert None in per_t
+    assert per_t[0] == pytest.approx(found.bound.reconstruction)
+
+
+def _pictures_are_there(
+    found: Evaluation,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    samples: SampleSet,
+    folder: Path,
+) -> None:
+    run = open_storage(str(folder / "run"))
+    History(run).append(4, [Row(2, {"loss": 0.5}), Row(4, {"loss": 0.4})])
+    History(run).append(5, [Row(5, {"held_out/total": 3.0, "held_out/total_stderr": 0.1})])
+    pictures = draw(found, dataset, checkpoint, recipe, samples, run, folder)
+    names = [picture.name for picture in pictures]
+    assert names == [
+        "schedule.png",
+        "loss.png",
+        "bound.png",
+        "samples.png",
+        "trajectory.png",
+        "distances.png",
+    ]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_the_better_samples_are_nearer(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Held-out images themselves as samples, and black ones: the order must be right, and the row the right one."""
+    images = [image for _, image, _ in module.read_split(dataset, "test")]
+    own = tiny_config(f"storage={config.storage}", "sample.count=12", "sample.seed=1")
+    _, same = samples_of(own, checkpoint, np.stack(images))
+    black_config = tiny_config(f"storage={config.storage}", "sample.count=12", "sample.seed=2")
+    _, black = samples_of(black_config, checkpoint, np.zeros((12, 1, 8, 8), np.uint8))
+    best = evaluate(config, dataset, checkpoint, same).distances
+    worst = evaluate(config, dataset, checkpoint, black).distances
+    assert best[0].frechet == pytest.approx(0, abs=1e-4)
+    assert worst[0].frechet > 10 * best[0].frechet + 1e-3
+    # what does not depend on the samples is the same in both
+    assert best[1:] == worst[1:]
+
+
+def test_one_class_of_samples_is_seen_in_the_shares(
+    config: Config, dataset: Dataset, checkpoint: Checkpoint
+) -> None:
+    _, samples = samples_of(config, checkpoint, np.full((10, 1, 8, 8), 200, np.uint8))
+    shares = evaluate(config, dataset, checkpoint, samples).class_shares
+    assert sorted(shares.values()) == [0.0] * 9 + [1.0]
+
+
+def one_line(attempt: object) -> str:
+    with pytest.raises(UserError) as caught:
+        attempt()  # type: ignore[operator]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_data_without_classes(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    _, samples = samples_of(config, checkpoint)
+    bare = dataclasses.replace(dataset, classes=())
+    message = one_line(lambda: evaluate(config, bare, checkpoint, samples))
+    assert message == (
+        f"{dataset.uri}: has no classes, and the distances need a classifier; "
+        "prepare it from a folder with a sub-folder a class"
+    )
+
+
+def test_data_without_labels(config: Config, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    _, samples = samples_of(config, checkpoint)
+    shard = pack(Sample(f"x{number}", encode_png(image)) for number, image in enumerate(random_images(5)))
+    bare = put_dataset(tmp_path / "bare", {"train": [shard], "test": [shard]}, (1, 8, 8))
+    assert one_line(lambda: evaluate(config, bare, checkpoint, samples)) == (
+        f"{bare.uri}: its train split has no labelled image"
+    )
+
+
+def test_samples_of_another_shape(config: Config, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    _, samples = samples_of(config, checkpoint)
+    shard = packed(random_images(12, (1, 16, 16)))
+    large = put_dataset(tmp_path / "large", {"train": [shard], "test": [shard]}, (1, 16, 16))
+    assert "images of shape (1, 8, 8), the data set's have (1, 16, 16)" in one_line(
+        lambda: evaluate(config, large, checkpoint, samples)
+    )
+
+
+def test_a_set_that_is_not_finished(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    found = sample_set(config, recipe_of(config, checkpoint, 256))
+    assert "no finished sample set here" in one_line(lambda: evaluate(config, dataset, checkpoint, found))
+
+
+def test_a_single_sample_is_too_few(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    one = tiny_config(f"storage={config.storage}", "sample.count=1")
+    _, samples = samples_of(one, checkpoint)
+    assert "at least 2" in one_line(lambda: evaluate(config, dataset, checkpoint, samples))
+
+
+def test_a_standard_error_that_is_no_number_is_null(
+    config: Config, dataset: Dataset, checkpoint: Checkpoint
+) -> None:
+    _, samples = samples_of(config, checkpoint)
+    found = evaluate(config, dataset, checkpoint, samples)
+    bound = dataclasses.replace(found.bound, total_stderr=math.nan)
+    report = dataclasses.replace(found, bound=bound).to_json()
+    assert json.loads(json.dumps(report, allow_nan=False))["bound"]["total_stderr"] is None
