@@ -116,7 +116,7 @@ class SampleConfig(Section):
     batch_size: Positive = 250
     """Images that go through the network at once; part of the set's identity."""
     seed: int = 0
-    checkpoint: str = "best"
+    checkpoint: Annotated[str, Field(coerce_numbers_to_str=True)] = "best"
     """best (lowest held-out bits/dim), latest, a step number, or the URI of a checkpoint."""
 
     @model_validator(mode="after")

@@ -131,7 +131,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module,
     config = checkpoint_config(checkpoint)
     model = UNet(config.model)
     model.load_state_dict(checkpoint.read("ema"))
-    return model.to(device).eval().requires_grad_(False), Schedule.from_config(config.schedule)
+    return model.to(device).eval().requires_grad_(False), Schedule.from_config(config.schedule).to(device)
 
 
 def make_images(

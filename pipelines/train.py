@@ -246,7 +246,7 @@ def held_out_bound(
     total = dataset.count("test")
     total = total if num_images is None else min(total, num_images)
     accumulator = BoundAccumulator(
-        Schedule.from_config(config.schedule),
+        Schedule.from_config(config.schedule).to(world.device),
         levels=dataset.levels,
         variance_type=config.bound.variance_type,
         num_strata=config.bound.num_strata,

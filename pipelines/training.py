@@ -105,7 +105,7 @@ class Learner:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.schedule = Schedule.from_config(config.schedule)
+        self.schedule = Schedule.from_config(config.schedule).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive_seed(config.seed, "weights"))
             model = UNet(config.model)

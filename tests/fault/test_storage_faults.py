@@ -6,8 +6,9 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -222,8 +223,8 @@ def test_an_object_deleted_while_the_folder_is_listed(
     storage.put("y", b"")
     walk = os.walk
 
-    def late(*args: object, **options: object) -> object:
-        for found in walk(*args, **options):  # type: ignore[call-overload]
+    def late(*args: Any, **options: Any) -> Iterator[Any]:
+        for found in walk(*args, **options):
             (tmp_path / "x").unlink(missing_ok=True)
             yield found
 

@@ -19,7 +19,9 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.evaluate import Evaluation, draw, evaluate
+from pipelines.features import train_classifier
 from pipelines.images import encode_png
+from pipelines.reader import read_split
 from pipelines.sampling import Recipe, SampleSet, recipe_of, sample_set
 from pipelines.shards import Sample, pack
 from pipelines.storage import open_storage
@@ -36,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, and a classifier that learns little."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    trained = functools.partial(module.train_classifier, num_steps=20)
+    trained = functools.partial(train_classifier, num_steps=20)
     monkeypatch.setattr(module, "train_classifier", trained)
     yield
     torch.set_num_threads(before)
@@ -144,7 +146,7 @@ def _pictures_are_there(
 
 def test_the_better_samples_are_nearer(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
     """Held-out images themselves as samples, and black ones: the order must be right, and the row the right one."""
-    images = [image for _, image, _ in module.read_split(dataset, "test")]
+    images = [image for _, image, _ in read_split(dataset, "test")]
     own = tiny_config(f"storage={config.storage}", "sample.count=12", "sample.seed=1")
     _, same = samples_of(own, checkpoint, np.stack(images))
     black_config = tiny_config(f"storage={config.storage}", "sample.count=12", "sample.seed=2")

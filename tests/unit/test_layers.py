@@ -71,7 +71,7 @@ def imported(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
             for argument in node.args[:1]:
                 text = argument
                 if isinstance(text, ast.JoinedStr):
-                    text = text.values[0]  # type: ignore[assignment]
+                    text = text.values[0]
                 if isinstance(text, ast.Constant) and isinstance(text.value, str):
                     yield node.lineno, text.value.rstrip(".")
 

@@ -296,7 +296,12 @@ def test_a_server_that_is_away_is_not_asked_at_every_row(
     server.away = True
     client = tracker._client  # type: ignore[attr-defined]
     log_batch = client.log_batch
-    client.log_batch = lambda *args, **options: (asked.append(clock[0]), log_batch(*args, **options))
+
+    def counted(*args: Any, **options: Any) -> None:
+        asked.append(clock[0])
+        log_batch(*args, **options)
+
+    client.log_batch = counted
     for step in range(1, 400):
         clock[0] += 1
         tracker.log(rows(step))

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,6 @@ from tests.support.data import dataset_of, packed, put_dataset, random_images
 from tests.support.runs import Batch, TeamWorker, made_up_batches, tiny_config, together
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -158,6 +150,28 @@ def test_dropout_flips_and_seed_are_really_on(config: Config, override: str, see
     changed = tiny_config(f"data.uri={config.data.uri}", override)
     results = [go(one, Learner(one, CPU), SingleWorker(CPU), 0, 4)[3].loss for one in (config, changed)]
     assert (results[0] != results[1]) == seen
+
+
+def test_dropout_is_new_for_every_step_and_stream_and_the_same_for_each_again() -> None:
+    config = tiny_config("train.batch_size=4")
+    masks: dict[tuple[int, int], Tensor] = {}
+    learner = Learner(config, CPU)
+    [dropout, *_] = [module for module in learner.model.modules() if isinstance(module, nn.Dropout)]
+    seen: list[Tensor] = []
+    dropout.register_forward_hook(
+        lambda module, inputs, output: seen.append((output == 0) & (inputs[0] != 0))
+    )
+    for step, streams in ((0, [0, 1]), (0, [2, 3]), (1, [3, 0])):
+        seen.clear()
+        learner.step(step, made_up_batches(config, step, streams), SingleWorker(CPU))
+        masks |= {(step, stream): mask for stream, mask in zip(streams, seen, strict=True)}
+    keys = list(masks)
+    assert all(0 < float(mask.float().mean()) < 0.5 for mask in masks.values())
+    assert not [(a, b) for a in keys for b in keys if a < b and torch.equal(masks[a], masks[b])]
+    torch.rand(7)
+    seen.clear()
+    learner.step(1, made_up_batches(config, 1, [0]), SingleWorker(CPU))
+    assert torch.equal(seen[0], masks[1, 0])
 
 
 def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(config: Config, tmp_path: Path) -> None:
@@ -657,7 +671,7 @@ def peak_bytes(uri: str, num_steps: int) -> int:
         try:
             for step in range(1, num_steps):
                 micro_batches = next(batches)
-                if step % 20 == 0:
+                if step % 10 == 0:
                     learner.step(step, micro_batches, SingleWorker(CPU))
             return tracemalloc.get_traced_memory()[1]
         finally:
@@ -668,14 +682,14 @@ def peak_bytes(uri: str, num_steps: int) -> int:
 def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The same shards once and 20 times; even once they are more than the reader holds."""
     folder = tmp_path_factory.mktemp("memory")
-    shards = [packed(random_images(14, (1, 8, 8), seed)) for seed in range(10)]
+    shards = [packed(random_images(8, (1, 8, 8), seed)) for seed in range(10)]
     test = packed(random_images(3))
     for name, repeats in (("small", 1), ("large", 20)):
         put_dataset(folder / name, {"train": shards * repeats, "test": [test]}, (1, 8, 8))
     return str(folder / "small"), str(folder / "large")
 
 
-NUM_STEPS = 20 * 140 // 64
+NUM_STEPS = 20 * 80 // 64
 
 
 def test_memory_is_flat_when_the_data_are_20_times_as_many(

@@ -1,0 +1,488 @@
+"""The command line: help worth reading, and a user's mistake as one line with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.local import Stack, StackError
+from jobs import cli, common
+from pipelines.errors import UserError, one_line
+from pipelines.storage import open_storage
+from tests.support.data import dataset_of
+from tests.support.runs import TINY
+from tests.support.s3 import free_port
+
+COMMANDS = sorted(cli.COMMANDS)
+FOREIGN = ("AWS_", "RAY_", "MLFLOW_", "DDPM_", "DO_NOT_TRACK", "NO_PROXY", "no_proxy")
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No stack, no server in the environment; and after the test, signals, logging and environment as before."""
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    loggers = [logging.getLogger(name) for name in ("pipelines", "jobs", "infra", "")]
+    before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    os.environ["DDPM_STATE"] = str(tmp_path / "no stack")
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGTERM, handler)
+    for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
+
+
+def exit_code(*arguments: str) -> int:
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else -1
+
+
+class Outcome:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command."""
+        self._capsys.readouterr()
+        code = exit_code(*arguments)
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+
+@pytest.fixture
+def ddpm(capsys: pytest.CaptureFixture[str]) -> Outcome:
+    return Outcome(capsys)
+
+
+def mistake(outcome: tuple[int, str, str]) -> str:
+    """The one line of a mistake."""
+    code, out, err = outcome
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err.strip()
+
+
+def test_help_lists_every_command_with_what_it_does(ddpm: Outcome) -> None:
+    code, out, err = ddpm("--help")
+    assert (code, err) == (0, "")
+    for name, summary in cli.COMMANDS.items():
+        assert re.search(rf"^    {name} +{re.escape(summary[:30])}", out, re.MULTILINE), name
+    for variable in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "DDPM_STATE"):
+        assert variable in out
+    assert "exit code: 0" in out
+    assert max(map(len, out.splitlines())) <= 116
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_explains_all_of_it(command: str, ddpm: Outcome) -> None:
+    code, out, err = ddpm(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: ddpm {command} ")
+    parser = cli.command_parser(command)
+    assert parser.description
+    assert len(parser.description) > 40
+    assert " ".join(parser.description.split()) in " ".join(out.split())
+    for action in parser._actions:
+        assert action.help, action
+        assert action.help is not argparse.SUPPRESS
+        assert " ".join((action.help % {"prog": "x"}).split()) in " ".join(out.split())
+        for option in action.option_strings:
+            assert option in out
+    assert max(map(len, out.splitlines())) <= 116
+
+
+def test_what_takes_a_configuration_takes_overrides() -> None:
+    for command in ("prepare", "train", "tune", "sample", "evaluate", "submit"):
+        options = {
+            option for action in cli.command_parser(command)._actions for option in action.option_strings
+        }
+        assert {"--config", "--set"} <= options, command
+
+
+_HEAVY = """\
+import sys
+from jobs import cli
+for command in cli.COMMANDS:
+    cli.command_parser(command).format_help()
+cli.parser().format_help()
+print(sorted({"torch", "ray", "mlflow", "boto3", "pyarrow", "matplotlib", "sklearn"} & set(sys.modules)))
+"""
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    done = subprocess.run([sys.executable, "-c", _HEAVY], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", "train"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ddpm train ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("trian",),
+        ("--nonsense",),
+        ("train",),
+        ("train", "--config"),
+        ("train", "--config", "x.yaml", "--nonsense"),
+        ("train", "--config", "x.yaml", "extra"),
+        # no abbreviations: a script must not change its meaning when an option is added
+        ("train", "--conf", "digits.yaml"),
+        ("train", "--config", "x.yaml", "--local", "--address", "h:1"),
+        ("submit", "nonsense", "--config", "x.yaml"),
+        ("up", "--num-cpus", "two"),
+        ("status",),
+        ("logs", "--follow"),
+    ],
+)
+def test_a_wrong_command_line_is_shown_its_usage(arguments: Sequence[str], ddpm: Outcome) -> None:
+    code, out, err = ddpm(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: ddpm ")
+    assert "Traceback" not in err
+
+
+def test_the_unknown_word_is_named(ddpm: Outcome) -> None:
+    assert "'trian'" in ddpm("trian")[2]
+    assert "--nonsense" in ddpm("train", "--config", "x.yaml", "--nonsense")[2]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Arguments for a tiny run on made-up data, all on disk."""
+    dataset_of(tmp_path / "data", [10, 20, 7])
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    where = [f"data.uri={tmp_path}/data", f"storage={tmp_path}/results"]
+    return ["--config", str(tmp_path / "tiny.yaml"), *(part for one in where for part in ("--set", one))]
+
+
+STEPS = ("--set", "train.steps=2", "--set", "train.eval_every=2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--config", "missing.yaml"), "ddpm train: missing.yaml: no such configuration file"),
+        (
+            ("train", "--config", "digits.yaml", "--set", "trian.steps=1"),
+            "ddpm train: digits.yaml: trian: no such setting; did you mean 'train'?",
+        ),
+        (
+            ("sample", "--config", "digits.yaml", "--set", "sample.count=0"),
+            "ddpm sample: digits.yaml: sample.count: input should be greater than or equal to 1, got 0",
+        ),
+        (
+            ("tune", "--config", "digits.yaml", "--set", "tune.num_trials"),
+            "ddpm tune: --set tune.num_trials: must be section.key=value",
+        ),
+        (
+            ("prepare", "digits", "--config", "digits.yaml", "--out", "ftp://x"),
+            "ddpm prepare: ftp://x: storage is s3://BUCKET/PREFIX, file:///FOLDER or a folder, not ftp://",
+        ),
+        (("prepare", "nowhere", "--config", "digits.yaml", "--out", "x"), "nowhere"),
+        (("submit", "prepare", "--config", "digits.yaml"), "ddpm submit: submit prepare: SOURCE is missing"),
+        (
+            ("submit", "train", "digits", "--config", "digits.yaml"),
+            "ddpm submit: submit train: takes no SOURCE, got 'digits'",
+        ),
+        (("up", "--num-cpus", "0"), "ddpm up: --num-cpus 0: must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: Sequence[str], message: str, ddpm: Outcome) -> None:
+    found = mistake(ddpm(*arguments))
+    assert message in found if " " not in message else found == message
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+def test_without_data_it_says_how_to_make_some(command: str, ddpm: Outcome, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    where = ("--set", f"data.uri={tmp_path}/none")
+    found = mistake(ddpm(command, "--config", str(tmp_path / "tiny.yaml"), *where))
+    assert "ddpm prepare" in found
+    assert not (tmp_path / "none").exists()
+
+
+def test_train_sample_and_again_in_this_process(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:
+    """The whole way of two thin commands, and what each finds when it is repeated."""
+    assert "train first (ddpm train)" in mistake(ddpm("sample", *tiny, "--local"))
+    code, plan, err = ddpm("train", *tiny, *STEPS, "--dry-run")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in plan.splitlines()][:8] == [
+        "run", "data", "schedule", "model", "steps", "batch", "memory", "output",
+    ]  # fmt: skip
+    assert not (tmp_path / "results").exists()
+    code, out, err = ddpm("train", *tiny, *STEPS, "--local")
+    assert code == 0, err
+    assert re.search(
+        r"run tiny-\w{10}: trained 2 steps; held out \d+\.\d{4} bits/dim; file:///.*step-000000002$", out
+    )
+    # progress goes to standard error
+    assert "step 2/2  loss" in err
+    code, out, _ = ddpm("train", *tiny, *STEPS, "--local")
+    assert code == 0
+    assert "trained 2 steps already" in out
+    code, out, _ = ddpm("sample", *tiny, "--local")
+    assert code == 0
+    assert re.search(r"samples tiny-\w{10}: 10 images in 3 shards; file:///", out)
+    before = [(info.key, info.num_bytes) for info in open_storage(str(tmp_path / "results")).list()]
+    code, out, _ = ddpm("sample", *tiny, "--local")
+    assert code == 0
+    assert "all 10 images are there already" in out
+    assert [(info.key, info.num_bytes) for info in open_storage(str(tmp_path / "results")).list()] == before
+    # another sampler is another set, and a checkpoint may be named by its step or its address
+    code, out, _ = ddpm(
+        "sample", *tiny, "--local", "--set", "sampler.eta=0.5", "--set", "sample.checkpoint=2"
+    )
+    assert code == 0
+    uri = re.search(r"file:///\S+step-000000002", out)
+    assert uri is not None
+    code, again, _ = ddpm(
+        "sample", *tiny, "--local", "--set", "sampler.eta=0.5", "--set", f"sample.checkpoint={uri[0]}"
+    )
+    assert code == 0
+    assert "all 10 images are there already" in again
+    assert "checkpoint '7'" in mistake(ddpm("sample", *tiny, "--local", "--set", "sample.checkpoint=7"))
+    # nothing but the run and the two sets
+    assert len(list((tmp_path / "results").glob("*/*"))) == 3
+
+
+def test_without_a_cluster_it_says_how_to_get_one(ddpm: Outcome, tiny: list[str]) -> None:
+    assert mistake_after_output(ddpm("train", *tiny)) == (
+        "ddpm train: no Ray cluster: start the local stack with `ddpm up`, name one with --address HOST:PORT, or "
+        "use --local"
+    )
+
+
+def mistake_after_output(outcome: tuple[int, str, str]) -> str:
+    code, _, err = outcome
+    return mistake((code, "", err))
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:port", "http://x", ":1", "127.0.0.1:99999"])
+def test_an_address_that_is_none(address: str, ddpm: Outcome, tiny: list[str]) -> None:
+    found = mistake_after_output(ddpm("train", *tiny, "--address", address))
+    assert address in found
+
+
+def test_an_address_that_does_not_answer(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    found = mistake_after_output(ddpm("train", *tiny, "--address", address))
+    assert found.startswith(f"ddpm train: Ray cluster {address}: does not answer (")
+
+
+def test_a_tracking_server_that_does_not_answer(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = uri = f"http://127.0.0.1:{free_port()}"
+    found = mistake_after_output(ddpm("train", *tiny, "--local"))
+    assert found.startswith(f"ddpm train: MLFLOW_TRACKING_URI {uri}: no MLflow server answers there")
+    assert not (tmp_path / "results").exists()
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, action: Callable[[], int | None]) -> None:
+    """Let `ddpm doctor` do this."""
+    from jobs import doctor
+
+    monkeypatch.setattr(doctor, "run", lambda arguments: action())
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, ddpm: Outcome) -> None:
+    class Failed(UserError):
+        exit_code = 1
+
+    def raising(error: BaseException) -> Callable[[], int]:
+        def action() -> int:
+            raise error
+
+        return action
+
+    for action, code, err in (
+        (lambda: None, 0, ""),
+        (lambda: 1, 1, ""),
+        (raising(UserError("x: wrong")), 2, "ddpm doctor: x: wrong\n"),
+        (raising(Failed("x: failed")), 1, "ddpm doctor: x: failed\n"),
+        (raising(KeyboardInterrupt()), 130, "ddpm doctor: interrupted; the same command goes on from here\n"),
+    ):
+        run_with(monkeypatch, action)
+        assert ddpm("doctor") == (code, "", err)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug() -> int:
+        raise ZeroDivisionError
+
+    run_with(monkeypatch, bug)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_a_polite_signal_is_an_interruption(monkeypatch: pytest.MonkeyPatch, ddpm: Outcome) -> None:
+    cleaned = []
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 0
+        finally:
+            cleaned.append(True)
+
+    run_with(monkeypatch, work)
+    assert ddpm("doctor")[0] == 130
+    assert cleaned == [True]
+
+
+def test_our_records_are_plain_lines_and_others_warnings_are_named(
+    monkeypatch: pytest.MonkeyPatch, ddpm: Outcome
+) -> None:
+    def talk() -> None:
+        logging.getLogger("pipelines.train").info("hello")
+        logging.getLogger("botocore").info("unheard")
+
+    run_with(monkeypatch, talk)
+    _, out, err = ddpm("doctor")
+    assert out == ""
+    assert re.fullmatch(r"\d\d:\d\d:\d\d hello\n", err)
+
+
+def test_doctor_finds_nothing_wrong_here(ddpm: Outcome, tmp_path: Path) -> None:
+    code, out, _ = ddpm("doctor", "--storage", str(tmp_path / "storage"))
+    checks = {line.split()[1]: line.split()[0] for line in out.splitlines()}
+    assert {"python", "torch", "disk", "mlflow", "ray", "storage"} <= checks.keys()
+    assert checks["storage"] == checks["python"] == "ok"
+    assert code == (1 if "WRONG" in checks.values() else 0)
+    assert open_storage(str(tmp_path / "storage")).list() == []
+
+
+def test_doctor_says_what_is_wrong(ddpm: Outcome) -> None:
+    os.environ["RAY_ADDRESS"] = f"127.0.0.1:{free_port()}"
+    code, out, _ = ddpm("doctor")
+    assert code == 1
+    assert re.search(r"^WRONG  ray +Ray cluster 127\.0\.0\.1:\d+: does not answer", out, re.MULTILINE)
+
+
+# --- the local stack's environment ---
+
+
+@pytest.fixture
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    """A stack on record, as `find` gives it."""
+    found = Stack(
+        tmp_path, "id", {"s3": 1, "mlflow": 2, "gcs": 3, "dashboard": 4, "client": 5}, tmp_path / "ray", 2
+    )
+    monkeypatch.setattr(common, "find", lambda folder: found)
+    return found
+
+
+def test_without_a_stack_the_environment_stays() -> None:
+    before = dict(os.environ)
+    common.use_local_stack()
+    assert dict(os.environ) == before
+
+
+def test_a_stack_gives_what_the_environment_does_not_say(stack: Stack) -> None:
+    common.use_local_stack()
+    for name, value in stack.environment().items():
+        assert os.environ[name] == value
+
+
+@pytest.mark.parametrize(
+    ("own", "group"),
+    [
+        ("AWS_ENDPOINT_URL", "AWS_"),
+        ("AWS_ENDPOINT_URL_S3", "AWS_"),
+        ("AWS_ACCESS_KEY_ID", "AWS_"),
+        ("AWS_PROFILE", "AWS_"),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_"),
+        ("RAY_ADDRESS", ("RAY_ADDRESS", "RAY_API", "RAY_AUTH", "DDPM_DASH")),
+        ("RAY_API_SERVER_ADDRESS", ("RAY_ADDRESS", "RAY_API", "RAY_AUTH", "DDPM_DASH")),
+        ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING"),
+    ],
+)
+def test_what_the_user_says_wins_as_a_group(own: str, group: str | tuple[str, ...], stack: Stack) -> None:
+    """The stack's secret must not go to the user's server, nor the user's to the stack's."""
+    os.environ[own] = "the user's"
+    common.use_local_stack()
+    assert {name: value for name, value in os.environ.items() if name.startswith(group)} == {
+        own: "the user's"
+    }
+    others = {
+        name: value
+        for name, value in stack.environment().items()
+        if not name.startswith(("RAY_", "MLFLOW_", "AWS_", "DDPM_")) or name.endswith("_URI")
+    }
+    assert all(os.environ[name] == value for name, value in others.items() if name != own)
+
+
+def test_a_given_address_is_not_asked_with_the_stacks_token(stack: Stack) -> None:
+    common.use_local_stack("elsewhere:6379")
+    assert not [name for name in os.environ if name.startswith(("RAY_ADDRESS", "RAY_AUTH", "RAY_API"))]
+    assert os.environ["AWS_ENDPOINT_URL"] == stack.s3_endpoint
+
+
+def test_a_state_folder_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise StackError("stack.json: cannot be read")
+
+    monkeypatch.setattr(common, "find", broken)
+    with pytest.raises(UserError, match=r"^stack\.json: cannot be read$"):
+        common.use_local_stack()
+
+
+def test_the_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_STATE", "here")
+    assert common.state_dir() == tmp_path / "here"
+    monkeypatch.delenv("DDPM_STATE")
+    assert common.state_dir() == tmp_path / ".ddpm"
+
+
+# --- errors ---
+
+
+def test_an_error_crosses_processes_unchanged() -> None:
+    from jobs.submit import JobFailed
+    from pipelines.checkpoints import CheckpointError
+    from pipelines.dataset import DataError
+    from pipelines.storage import ObjectMissing, StorageError
+    from pipelines.training import TrainingError
+
+    kinds: list[type[Any]] = [
+        UserError,
+        CheckpointError,
+        DataError,
+        ObjectMissing,
+        StorageError,
+        TrainingError,
+    ]
+    for kind in [*kinds, JobFailed]:
+        again = pickle.loads(pickle.dumps(kind("x: wrong")))  # noqa: S301  what Ray does with errors
+        assert type(again) is kind
+        assert str(again) == "x: wrong"
+
+
+def test_one_line() -> None:
+    assert one_line(ValueError("a\n  b\tc")) == "a b c"
+    assert one_line(ValueError()) == "ValueError"
+    assert one_line(ValueError("x" * 500), 10) == "x" * 9 + "…"
