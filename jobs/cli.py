@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(module_of(command).run(options) or 0)
     except UserError as error:
         print(f"ddpm {arguments.command}: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"ddpm {arguments.command}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

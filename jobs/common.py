@@ -73,8 +73,24 @@ def add_dashboard_argument(parser: argparse.ArgumentParser) -> None:
 
 def config_of(arguments: argparse.Namespace) -> Config:
     from pipelines.config import load_config
+    from pipelines.storage import absolute
 
-    return load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
+    # a folder means one of this process; workers and submitted jobs have other working directories
+    data = config.data.model_copy(update={"uri": absolute(config.data.uri)})
+    return config.model_copy(update={"data": data, "storage": absolute(config.storage)})
+
+
+def output_folder(path: str) -> Path:
+    """The folder that `--out` names, made if need be; asked for before the work whose results it gets."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {path}: can't be written to")
+    return folder
 
 
 @contextmanager

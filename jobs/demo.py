@@ -52,7 +52,9 @@ def steps(out: str) -> list[tuple[str, list[str]]]:
 def run(arguments: argparse.Namespace) -> int:
     # the demo must not meet anybody's real buckets or cluster, whatever the environment says
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_", "MLFLOW_"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AWS_", "RAY_", "MLFLOW_", "DDPM_DASHBOARD"))
     }
     environment["PYTHONUNBUFFERED"] = "1"
     took: list[tuple[str, float]] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from infra.local import problems
 from jobs import common
-from pipelines.errors import UserError
+from pipelines.errors import UserError, without_password
 
 DESCRIPTION = """\
 Say what is wrong with the environment: Python, the local stack, the S3 server, MLflow, the Ray cluster, the
@@ -91,7 +91,7 @@ def _mlflow() -> str:
     from pipelines.adapters.mlflow import check_server
 
     check_server(uri)
-    return uri
+    return without_password(uri)
 
 
 def _ray() -> str:

@@ -14,6 +14,7 @@ from jobs import common, sample
 
 if TYPE_CHECKING:
     from pipelines.evaluate import Evaluation
+    from pipelines.storage import Storage
     from pipelines.train import Run
 
 DESCRIPTION = """\
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelines.storage import open_storage
     from pipelines.train import open_run
 
+    if arguments.out:
+        common.output_folder(arguments.out)
     found_run = open_run(config)
     recipe, samples = sample.locate(config)
     samples.record()  # before the work: is the set finished?
@@ -62,10 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
             place.put(picture.name, picture.read_bytes())
         # last: who finds the report finds its pictures
         place.put("report.json", report.encode())
-        _track(found_run, evaluation, [folder / picture.name for picture in pictures], report)
+        _track(found_run, place, evaluation, [folder / picture.name for picture in pictures], report)
         if arguments.out:
             out = Path(arguments.out)
-            out.mkdir(parents=True, exist_ok=True)
             for picture in pictures:
                 shutil.copy(picture, out / picture.name)
             (out / "report.json").write_text(report)
@@ -98,20 +100,23 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _track(run: Run, evaluation: Evaluation, pictures: list[Path], report: str) -> None:
-    from pipelines.tracking import Row, RunDescription, open_tracker
+def _track(run: Run, place: Storage, evaluation: Evaluation, pictures: list[Path], report: str) -> None:
+    """The evaluation as a run of its own, nested in the training run, whose own state is left alone."""
+    from pipelines.tracking import Row, RunDescription, open_tracker, tracked_as
 
+    name = f"evaluation {place.uri.rpartition('/')[2]}"
+    params = {"checkpoint": evaluation.checkpoint, "samples": evaluation.samples}
     tracker = open_tracker(
         os.environ.get("MLFLOW_TRACKING_URI"),
-        RunDescription(run.config.tracking.experiment, run.name, run.identity),
-        run.storage,
+        RunDescription(run.config.tracking.experiment, name, params, parent_run_id=tracked_as(run.storage)),
+        place,
     )
-    metrics = {"evaluation/bits_per_dim": evaluation.bound.total}
+    metrics = {"bits_per_dim": evaluation.bound.total}
     for distance in evaluation.distances:
-        metrics[f"evaluation/frechet_{distance.name}"] = distance.frechet
-        metrics[f"evaluation/kernel_{distance.name}"] = distance.kernel
+        metrics[f"frechet/{distance.name}"] = distance.frechet
+        metrics[f"kernel/{distance.name}"] = distance.kernel
     tracker.log([Row(evaluation.step, metrics)])
-    tracker.artifact("evaluation/report.json", report.encode())
+    tracker.artifact("report.json", report.encode())
     for picture in pictures:
-        tracker.artifact(f"evaluation/{picture.name}", picture.read_bytes())
+        tracker.artifact(picture.name, picture.read_bytes())
     tracker.finish(failed=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from jobs import common
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -66,6 +67,10 @@ def locate(config: Config) -> tuple[Recipe, SampleSet]:
     run = open_run(config)
     which = config.sample.checkpoint
     checkpoint = open_checkpoint(which) if "/" in which else select(run.storage, which)
+    if checkpoint.commit.dataset != run.dataset.identity:
+        raise UserError(
+            f"sample.checkpoint: {checkpoint.uri} was trained on another data set than {run.dataset.uri}"
+        )
     recipe = recipe_of(config, checkpoint, run.dataset.levels)
     return recipe, sample_set(config, recipe)
 

@@ -47,8 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from pipelines.config import digest
 
-    # the whole configuration is in the name: another one is another job, the same one is attached to
-    identity = digest(config.model_dump(mode="json"))[:10]
+    # not in the name is where and how long it runs: while a run trains, nobody else may train it
+    where = {"workers": True, "tracking": True}
+    if arguments.job == "train":
+        where["train"] = {"steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}  # type: ignore[assignment]
+    identity = digest(config.model_dump(mode="json", exclude=where))[:10]
     outcome = submission.submit(
         arguments.job,
         [arguments.source] if arguments.source else [],
@@ -57,8 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         run=f"{config.name}-{identity}",
         wait=not arguments.no_wait,
     )
-    if outcome.detached or arguments.no_wait:
+    if arguments.no_wait:
         return 0
+    if outcome.detached:
+        return 130
     job = outcome.job
     if job.status != "SUCCEEDED":
         raise submission_failed(job)

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ddpm_core.schedules import Schedule
     from pipelines.checkpoints import Checkpoints
     from pipelines.plan import training_plan
+    from pipelines.tracking import end_tracking
     from pipelines.train import claim, open_run
 
     run = open_run(config)
@@ -68,10 +69,16 @@ def run(arguments: argparse.Namespace) -> int:
             from pipelines.train_ray import fit
 
             claim(run)
-            fit(config)
+            try:
+                fit(run)
+            except KeyboardInterrupt:
+                # the workers are gone by now and can't say so
+                end_tracking(os.environ.get("MLFLOW_TRACKING_URI"), run.storage, "KILLED")
+                raise
     last = Checkpoints(run.storage).open(config.train.steps)
     bound = last.commit.held_out
-    print(f"run {run.name}: trained {last.step} steps; held out {bound:.4f} bits/dim; {last.uri}")
+    measured = "" if bound is None else f"held out {bound:.4f} bits/dim; "
+    print(f"run {run.name}: trained {last.step} steps; {measured}{last.uri}")
     return 0
 
 

@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelines.train import open_run
     from pipelines.tuning import check_space, read_sweep, sweep_storage
 
+    if arguments.out:
+        common.output_folder(arguments.out)
     dataset = open_run(config).dataset
     storage = sweep_storage(config, dataset.identity)
     sweep = read_sweep(storage)
@@ -104,13 +106,14 @@ def _picture(trials: list[Trial]) -> bytes:
 
 def _report(sweep: Sweep, storage: Storage, out: str | None) -> None:
     if out:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = common.output_folder(out)
         for name in ("sweep.json", "sweep.png"):
             (folder / name).write_bytes(storage.get(name))
     print(f"{'T':>6} {'β_1':>10} {'β_T':>10} {'steps':>7} {'bits/dim':>16}")
     for trial in sweep.trials:
-        value = "—" if trial.bits_per_dim is None else f"{trial.bits_per_dim:.4f} ± {trial.stderr:.4f}"
+        value = "—" if trial.bits_per_dim is None else f"{trial.bits_per_dim:.4f}"
+        if trial.stderr is not None:
+            value += f" ± {trial.stderr:.4f}"
         note = {"completed": "", "stopped": "  stopped early", "failed": f"  {trial.error}"}
         print(
             f"{trial.num_timesteps:>6} {trial.beta_start:>10.3g} {trial.beta_end:>10.3g} {trial.step:>7} "

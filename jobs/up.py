@@ -15,8 +15,8 @@ Each takes another port if its usual one is taken, and writes its log to ./.ddpm
 runs already is left alone; what died is started again.  The S3 server is moto, an emulator that keeps its
 objects in memory: `ddpm down` saves them and the next `ddpm up` brings them back.
 
-All of it listens on 127.0.0.1 only.  The cluster demands a token (kept in .ddpm, readable by you alone): who has
-it can run code as you.
+All of it listens on 127.0.0.1; while a job trains, torch's rendezvous port listens on every interface.  The
+cluster demands a token (kept in .ddpm, readable by you alone): who has it can run code as you.
 """
 
 

@@ -175,21 +175,19 @@ class Checkpoints:
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest checkpoints and the best one.
 
-        The commit record goes first, so that a reader never meets a commit without its objects; objects
-        without a commit, which killed attempts left below the newest step, go as well.  A commit record that
-        can't be read stays, with a warning, and with all that lies beside it.
+        The commit record goes first, so that a reader never meets a commit without its objects.  What killed
+        attempts left beside a commit goes as well; what lies where there is no commit may be about to get one.
+        A commit record that can't be read stays, with a warning, and with all that lies beside it.
         """
         commits: list[Commit] = []
-        unreadable: set[str] = set()
         for step in self.steps():
             try:
                 commits.append(self.open(step).commit)
             except CheckpointError as error:
                 log.warning("left a damaged checkpoint where it is: %s", error)
-                unreadable.add(step_name(step))
         if not commits:
             return
-        kept = kept_steps([(commit.step, commit.held_out) for commit in commits], keep)
+        kept = kept_steps([(commit.step, measured(commit, commits[-1])) for commit in commits], keep)
         doomed = [commit.step for commit in commits if commit.step not in kept]
         self._storage.delete(f"{step_name(step)}/{COMMIT}" for step in doomed)
         named = {
@@ -199,14 +197,17 @@ class Checkpoints:
             for record in commit.objects.values()
         }
         named |= {f"{step_name(step)}/{COMMIT}" for step in kept}
-        newest = step_name(max(kept))
+        committed = {step_name(commit.step) for commit in commits}
         self._storage.delete(
             info.key
             for info in self._storage.list("step-")
-            if info.key not in named
-            and (folder := info.key.split("/")[0]) not in unreadable
-            and folder < newest
+            if info.key not in named and info.key.split("/")[0] in committed
         )
+
+
+def measured(commit: Commit, newest: Commit) -> float | None:
+    """The held-out bits/dim of a commit if it was measured as the newest one's, with which it may be compared."""
+    return commit.held_out if commit.config.get("bound") == newest.config.get("bound") else None
 
 
 def kept_steps(commits: list[tuple[int, float | None]], keep: int) -> set[int]:
@@ -228,10 +229,11 @@ def select(run: Storage, which: str) -> Checkpoint:
     if which == "latest":
         return checkpoints.open(steps[-1])
     if which == "best":
-        measured = [
-            (commit.held_out, commit.step) for commit in checkpoints.commits() if commit.held_out is not None
+        commits = checkpoints.commits()
+        ranked = [
+            (value, commit.step) for commit in commits if (value := measured(commit, commits[-1])) is not None
         ]
-        return checkpoints.open(min(measured)[1] if measured else steps[-1])
+        return checkpoints.open(min(ranked)[1] if ranked else steps[-1])
     if which.isdecimal() and int(which) in steps:
         return checkpoints.open(int(which))
     raise CheckpointError(

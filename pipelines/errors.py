@@ -1,5 +1,7 @@
 """What a user did wrong, as one line; everything else is a bug and keeps its traceback."""
 
+import re
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the field or object, its value, and what to do.
@@ -7,6 +9,14 @@ class UserError(Exception):
     The command line prints the message alone and exits with code 2.  The message is the only argument, so
     the error pickles and crosses process borders unchanged.
     """
+
+    exit_code = 2
+    """The command's exit code: 2 for a mistake in the command or configuration, 1 for work that failed."""
+
+
+def without_password(uri: str) -> str:
+    """An address as it may be shown: user name and password are left out."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

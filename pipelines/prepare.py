@@ -94,7 +94,9 @@ def prepare(
     except StorageError:
         raise  # what is written is right, and the next call goes on from it
     except UserError:
-        _discard(storage, plans)
+        # another process may have finished the same data set meanwhile
+        if not storage.exists(RECORD_KEY):
+            _discard(storage, plans)
         raise
     _commit(storage, found, preprocessing, shape, options, shards)
     dataset = _finished(storage, options)

@@ -219,7 +219,8 @@ class SampleSet:
         # from here on an error does not say that there is no commit, so the objects stay
         if self.storage.put_if_absent(_unit_key(unit), commit.model_dump_json().encode()):
             return commit
-        self.storage.delete(record.key for record in records)
+        with contextlib.suppress(UserError):
+            self.storage.delete(record.key for record in records)
         return self.unit(unit)
 
     def unit(self, unit: int) -> UnitCommit:

@@ -96,6 +96,13 @@ def open_storage(uri: str) -> Storage:
     return FileStorage(Path(uri))
 
 
+def absolute(uri: str) -> str:
+    """`uri` itself, or the full path of a relative folder, which means the same from every working directory."""
+    if "://" in uri or not uri:
+        return uri
+    return str(Path(uri).expanduser().absolute())
+
+
 def checked_key(key: str) -> str:
     """`key` itself, or a `UserError` if it could leave its prefix."""
     if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")):

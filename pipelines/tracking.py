@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipelines.storage import Storage
+from pipelines.storage import ObjectMissing, Storage
+
+TRACKING_RECORD = "mlflow.json"
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,17 @@ def open_tracker(uri: str | None, description: RunDescription, run: Storage) -> 
     return open_mlflow_run(uri, description, run)
 
 
-def end_tracking(uri: str | None, run: Storage) -> None:
+def end_tracking(uri: str | None, run: Storage, status: str = "FINISHED") -> None:
     """Tell the tracking server that a run whose process was stopped from outside goes on no more."""
     if uri:
         from pipelines.adapters.mlflow import end_mlflow_run
 
-        end_mlflow_run(uri, run)
+        end_mlflow_run(uri, run, status)
+
+
+def tracked_as(run: Storage) -> str | None:
+    """The id of the MLflow run recorded in a run's storage, or None."""
+    try:
+        return str(json.loads(run.get(TRACKING_RECORD))["run_id"])
+    except ObjectMissing:
+        return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core.bound import BoundAccumulator, BoundEstimate
-from ddpm_core.samplers import sample
+from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints, step_name
 from pipelines.config import Config, digest
@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.grids import grid_png
 from pipelines.images import to_model, to_uint8
 from pipelines.reader import StreamBatches, read_split
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
 from pipelines.training import Learner, World, is_due, streams_of
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 RUN_RECORD = "run.json"
 _GRID = 64
+_PREVIEW_STEPS = 25
 _EVAL_BATCH = 128
 
 
@@ -293,7 +294,7 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
                 x = sample(
                     model,
                     learner.schedule,
-                    config.sampler,
+                    _preview(config),
                     seed=config.seed,
                     index=index,
                     shape=run.dataset.shape,
@@ -303,6 +304,12 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
                 f"samples/{step_name(step)}.png", grid_png(to_uint8(x.cpu(), run.dataset.levels).numpy())
             )
     return bound_metrics(estimate)
+
+
+def _preview(config: Config) -> SamplerConfig:
+    """A sampler of few steps, since the other workers wait while rank 0 draws the grid."""
+    steps = min(_PREVIEW_STEPS, config.schedule.num_timesteps)
+    return SamplerConfig(kind="ddim", num_steps=steps, eta=0.0, clip=config.sampler.clip)
 
 
 def _save(run: Run, learner: Learner, checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:
@@ -317,5 +324,8 @@ def _save(run: Run, learner: Learner, checkpoints: Checkpoints, step: int, metri
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         },
     )
-    checkpoints.prune(run.config.train.keep_checkpoints)
+    try:
+        checkpoints.prune(run.config.train.keep_checkpoints)
+    except StorageError as error:
+        log.warning("old checkpoints stay: %s", error)
     log.info("step %d  checkpoint committed: %s", step, saved.uri)

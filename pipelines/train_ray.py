@@ -21,15 +21,21 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
-from pipelines.config import Config, parse_config
+from pipelines.config import parse_config
 from pipelines.errors import UserError, one_line
 from pipelines.logs import configure_worker_logging
-from pipelines.train import open_run, train
+from pipelines.train import Run, open_run, train
 from pipelines.training import TrainingError
 
 log = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 300
+
+
+class RunFailed(UserError):
+    """Workers were lost more often than `workers.max_failures` allows."""
+
+    exit_code = 1
 
 
 class RayWorker:
@@ -61,24 +67,34 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     configure_worker_logging()
     config = parse_config(arguments["config"])
     world = RayWorker()
+    run = open_run(config)
+    if run.name != arguments["run"]:
+        raise UserError(
+            f"{run.dataset.uri}: a worker finds another data set there than the driver; "
+            "do both use the same S3 server (AWS_ENDPOINT_URL)?"
+        )
     try:
-        train(open_run(config), world, parent_run_id=arguments["parent_run_id"])
+        train(run, world, parent_run_id=arguments["parent_run_id"])
     except TrainingError as error:
         # every worker meets it at the same step; as an exception, Ray would have it done again
         return str(error)
     return None
 
 
-def fit(config: Config, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = None) -> None:
+def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = None) -> None:
     """Train on the connected Ray cluster until `train.steps`; survives `workers.max_failures` lost workers.
 
     Raises `UserError` where the run can't go on.
     """
-    workers = config.workers
+    config, workers = run.config, run.config.workers
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"config": config.to_yaml(), "parent_run_id": parent_run_id},
+            train_loop_config={
+                "config": config.to_yaml(),
+                "run": run.name,
+                "parent_run_id": parent_run_id,
+            },
             torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
                 num_workers=workers.num,
@@ -101,7 +117,7 @@ def fit(config: Config, *, callbacks: Sequence[Any] = (), parent_run_id: str | N
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = error.__cause__ or error
-            raise UserError(f"training failed: {_root_cause(error) or one_line(cause)}") from error
+            raise RunFailed(f"training failed: {_root_cause(error) or one_line(cause)}") from error
     if result.return_value:
         raise TrainingError(str(result.return_value))
 

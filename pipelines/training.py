@@ -28,6 +28,8 @@ from pipelines.errors import UserError
 class TrainingError(UserError):
     """Training can't go on from here, and doing the same again would end the same."""
 
+    exit_code = 1
+
 
 class World(Protocol):
     """The workers of a run, as seen by one of them."""

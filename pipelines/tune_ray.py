@@ -30,7 +30,7 @@ def _trial(params: dict[str, Any], base: str, storage_uri: str, parent_run_id: s
     run = open_run(config)
     claim(run)
     try:
-        fit(config, callbacks=[TuneReportCallback()], parent_run_id=parent_run_id)
+        fit(run, callbacks=[TuneReportCallback()], parent_run_id=parent_run_id)
     except TrainingError as error:
         # a result like another: this schedule does not train
         tune.report({"step": 0, "bits_per_dim": math.inf, "diverged": str(error)})

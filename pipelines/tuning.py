@@ -59,7 +59,7 @@ class Trial(BaseModel):
             "status": self.status,
             "step": self.step,
             "bits_per_dim": self.bits_per_dim if measured else math.nan,
-            "stderr": self.stderr if measured else math.nan,
+            "stderr": math.nan if self.stderr is None else self.stderr,
         }
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -25,13 +26,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 
-from pipelines.errors import UserError, one_line
-from pipelines.storage import ObjectMissing, Storage
-from pipelines.tracking import Row, RunDescription, flatten
+from pipelines.errors import UserError, one_line, without_password
+from pipelines.storage import Storage
+from pipelines.tracking import TRACKING_RECORD, Row, RunDescription, flatten, tracked_as
 
 log = logging.getLogger(__name__)
 
-_RECORD = "mlflow.json"
 _METRICS_A_CALL = 1000
 _PARAMS_A_CALL = 100
 _PARAM_LENGTH = 6000
@@ -43,16 +43,18 @@ def check_server(uri: str, timeout_s: float = 5) -> None:
     """Raise a `UserError` of one line unless an MLflow server answers at `uri` (databases are not asked)."""
     if not uri.startswith(("http://", "https://")):
         return
+    shown = without_password(uri)
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s) as answer:
-            healthy = answer.status == 200
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(
-            f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers there ({one_line(Exception(str(reason)))})"
-        ) from None
-    if not healthy:
-        raise UserError(f"MLFLOW_TRACKING_URI {uri}: the server there is not healthy")
+        urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=timeout_s).close()
+    except urllib.error.HTTPError as error:
+        # a server behind a gate that wants credentials answers too
+        if error.code not in (401, 403):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI {shown}: the server there is no healthy MLflow server ({error.code})"
+            ) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = one_line(Exception(str(getattr(error, "reason", error))))
+        raise UserError(f"MLFLOW_TRACKING_URI {shown}: no MLflow server answers there ({reason})") from None
 
 
 def open_mlflow_run(uri: str, description: RunDescription, run: Storage) -> MLflowTracker:
@@ -68,13 +70,12 @@ def open_mlflow_run(uri: str, description: RunDescription, run: Storage) -> MLfl
             client.set_tag(run_id, key, value)
         return MLflowTracker(client, run_id, description.name)
     except _AWAY as error:
-        raise UserError(f"MLFLOW_TRACKING_URI {uri}: {one_line(error)}") from None
+        raise UserError(f"MLFLOW_TRACKING_URI {without_password(uri)}: {one_line(error)}") from None
 
 
 def _recorded(client: MlflowClient, run: Storage) -> str | None:
-    try:
-        run_id = str(json.loads(run.get(_RECORD))["run_id"])
-    except ObjectMissing:
+    run_id = tracked_as(run)
+    if run_id is None:
         return None
     try:
         found = client.get_run(run_id)
@@ -84,7 +85,7 @@ def _recorded(client: MlflowClient, run: Storage) -> str | None:
         found = None
     if found is None or found.info.lifecycle_stage != "active":
         log.warning("the MLflow run %s of this run was deleted there; a new one takes its place", run_id)
-        run.delete([_RECORD])
+        run.delete([TRACKING_RECORD])
         return None
     return run_id
 
@@ -106,9 +107,9 @@ def _create(client: MlflowClient, description: RunDescription, run: Storage) -> 
     params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in flatten(description.params).items()]
     for start in range(0, len(params), _PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_A_CALL])
-    if not run.put_if_absent(_RECORD, json.dumps({"run_id": run_id}).encode()):
+    if not run.put_if_absent(TRACKING_RECORD, json.dumps({"run_id": run_id}).encode()):
         client.delete_run(run_id)
-        return str(json.loads(run.get(_RECORD))["run_id"])
+        return str(json.loads(run.get(TRACKING_RECORD))["run_id"])
     return run_id
 
 
@@ -123,17 +124,16 @@ def _create_experiment(client: MlflowClient, name: str) -> str:
         return str(experiment.experiment_id)
 
 
-def end_mlflow_run(uri: str, run: Storage) -> None:
-    """Mark the MLflow run recorded in the run's storage as finished, if it still counts as running."""
-    try:
-        run_id = json.loads(run.get(_RECORD))["run_id"]
-    except ObjectMissing:
+def end_mlflow_run(uri: str, run: Storage, status: str) -> None:
+    """Give the MLflow run recorded in the run's storage this status, if it still counts as running."""
+    run_id = tracked_as(run)
+    if run_id is None:
         return
     client = MlflowClient(tracking_uri=uri)
     try:
         if client.get_run(run_id).info.status == "RUNNING":
-            client.set_tag(run_id, "ddpm.stopped_early", "true")
-            client.set_terminated(run_id, "FINISHED")
+            client.set_tag(run_id, "ddpm.stopped", "true")
+            client.set_terminated(run_id, status)
     except _AWAY as error:
         log.warning("MLflow was not told of the end of run %s: %s", run_id, one_line(error, 160))
 
