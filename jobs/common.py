@@ -109,7 +109,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     try:
         ray.init(address=address, log_to_driver=True, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    # RayError: a token that is missing or wrong
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"Ray cluster {address}: {one_line(error)}") from None
     try:
         yield

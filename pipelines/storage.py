@@ -84,8 +84,12 @@ def open_storage(uri: str) -> Storage:
         # boto3 takes a while to import and a run on disk does not need it
         from pipelines.adapters.s3 import S3Storage
 
-        return S3Storage(parts.netloc, parts.path.strip("/"))
+        # the whole of it: to S3, ? and # are letters like any other
+        bucket, _, prefix = uri.partition("://")[2].partition("/")
+        return S3Storage(bucket, prefix.strip("/"))
     if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(f"{uri}: a file address is file:///FOLDER, and this one names a host")
         return FileStorage(Path(unquote(parts.path)))
     if parts.scheme and "://" in uri:
         raise UserError(

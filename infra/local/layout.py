@@ -152,8 +152,9 @@ class Stack:
         """The environment of the stack's servers, which Ray's workers and jobs inherit."""
         found = {name: value for name, value in inherited.items() if name not in foreign(inherited)}
         found.update(self.environment())
-        # the head is the cluster and must not look for one; Ray tells its jobs and workers by itself
-        del found["RAY_ADDRESS"], found["RAY_API_SERVER_ADDRESS"]
+        # the head is the cluster and must not look for one; its API server's address stays, without which Ray
+        # Train's cleaner of placement groups gives up on a machine with several clusters, and a sweep stalls
+        del found["RAY_ADDRESS"]
         # so that `python` in a job's command is this one
         binaries = str(Path(sys.executable).parent)
         found["PATH"] = os.pathsep.join((binaries, inherited.get("PATH", os.defpath)))

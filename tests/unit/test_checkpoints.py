@@ -459,17 +459,18 @@ def test_prune_keeps_the_newest_and_the_best(run: Storage) -> None:
         assert same(checkpoints.open(step).read_all(), state(step))
 
 
-def test_prune_takes_what_killed_attempts_left_below_the_newest_step(run: Storage) -> None:
+def test_prune_takes_what_killed_attempts_left_beside_a_commit(run: Storage) -> None:
     Checkpoints(run).save(state(10), held_out(1.0))
     Checkpoints(run).save(state(20), held_out(2.0))
     run.put("checkpoints/step-000000010/weights-of-another-attempt.safetensors", b"")
-    run.put("checkpoints/step-000000015/weights-x.safetensors", b"")
     # at work just now, perhaps
+    run.put("checkpoints/step-000000015/weights-x.safetensors", b"")
     run.put("checkpoints/step-000000030/weights-y.safetensors", b"")
     Checkpoints(run).prune(5)
     left = keys(run)
     assert "checkpoints/step-000000030/weights-y.safetensors" in left
-    assert len(left) == 2 * 4 + 1
+    assert "checkpoints/step-000000015/weights-x.safetensors" in left
+    assert len(left) == 2 * 4 + 2
     assert Checkpoints(run).steps() == [10, 20]
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -292,6 +293,23 @@ def test_an_address_that_does_not_answer(ddpm: Outcome, tiny: list[str], tmp_pat
     address = f"127.0.0.1:{free_port()}"
     found = mistake_after_output(ddpm("train", *tiny, "--address", address))
     assert found.startswith(f"ddpm train: Ray cluster {address}: does not answer (")
+
+
+def test_a_cluster_that_refuses_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**options: Any) -> None:
+        raise ray.exceptions.AuthenticationError("the token is\nmissing")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(UserError) as caught, common.ray_cluster(address):
+            pytest.fail("connected")
+    assert str(caught.value).startswith(f"Ray cluster {address}: the token is missing")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tracking_server_that_does_not_answer(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:

@@ -135,8 +135,10 @@ def test_down_cleans_what_an_interrupted_up_started(folder, monkeypatch):
 def test_ctrl_c_in_the_terminal_leaves_the_stack(tmp_path):
     """A terminal sends SIGINT to its whole foreground group; the servers are not in it."""
     code = f"""
-import time
+import signal, time
 from pathlib import Path
+# a shell that starts the tests in the background has them ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from infra.local import stack as driver, up
 from tests.unit.test_stack_driver import SMALL
 driver.COMPONENTS, driver.S3 = (SMALL,), SMALL

@@ -267,6 +267,7 @@ def test_storages_cross_process_borders(storage: Storage) -> None:
         ("s3://", "names no bucket"),
         ("s3:///prefix", "names no bucket"),
         ("gs://bucket/x", "not gs://"),
+        ("file://tmp/x", "names a host"),
         ("https://host/x", "not https://"),
     ],
 )
@@ -286,6 +287,7 @@ def test_addresses_of_buckets() -> None:
     assert open_storage("s3://b/").uri == "s3://b"
     assert open_storage("s3://b/x/y/").uri == "s3://b/x/y"
     assert open_storage("s3://b").child("x").uri == "s3://b/x"
+    assert open_storage("s3://b/a#1?x=y %20").uri == "s3://b/a#1?x=y %20"
 
 
 def test_a_bucket_without_prefix(endpoint: str) -> None:
