@@ -193,7 +193,9 @@ def respace(schedule: Schedule, timesteps: Tensor) -> Schedule:
     if timesteps.numel() == 0 or bool((timesteps.diff() <= 0).any()):
         raise ValueError("timesteps: must be strictly increasing and not empty")
     log_alphas_cumprod = schedule.log_alphas_cumprod[timesteps.to(schedule.betas.device)]
-    return Schedule(-torch.expm1(log_alphas_cumprod - _shift(log_alphas_cumprod, 0.0)))
+    betas = -torch.expm1(log_alphas_cumprod - _shift(log_alphas_cumprod, 0.0))
+    # a step over ᾱ ratios below 1e-16 rounds to β = 1, which is no schedule; the next number below is one
+    return Schedule(betas.clamp(max=1.0 - 2.0**-53))
 
 
 def _linear_betas(config: ScheduleConfig) -> Tensor:

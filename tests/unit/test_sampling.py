@@ -211,6 +211,7 @@ CHANGES: list[tuple[str, ...]] = [
     ("sample.seed=1",),
     ("sample.count=11",),
     ("sample.unit_size=8",),
+    ("sample.batch_size=2",),
     ("sample.unit_size=6", "sample.batch_size=2"),
     ("sampler.num_steps=4",),
     ("sampler.kind=ancestral",),
