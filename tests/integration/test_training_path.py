@@ -48,7 +48,9 @@ def test_weights_do_not_depend_on_the_number_of_workers(stack: Stack) -> None:
     start = Learner(one.config, torch.device("cpu")).model.state_dict()
     assert a.keys() == b.keys() == start.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=2e-6)
+        # softmax does not feel the keys' bias: its gradient is rounding alone, which Adam makes into whole steps
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=2e-6)
     # the comparison means something only if the weights moved by far more than its tolerance
     assert max(float((a[name] - start[name]).abs().max()) for name in a) > 1e-3
     first, second = losses(one), losses(two)
