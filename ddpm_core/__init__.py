@@ -12,7 +12,15 @@ from ddpm_core.bound import (
 )
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.objectives import draw_timesteps, simple_loss
-from ddpm_core.process import predict_eps, predict_x_start, q_posterior, q_sample
+from ddpm_core.predictions import (
+    PredictionType,
+    predict_eps,
+    predict_v,
+    predict_x_start,
+    prediction_target,
+)
+from ddpm_core.process import LinearGaussianProcess, q_posterior, q_sample
+from ddpm_core.reverse import Prediction, ReverseProcess
 from ddpm_core.samplers import SamplerConfig, TrajectoryStep, sample, sampling_timesteps, trajectory
 from ddpm_core.schedules import Schedule, ScheduleConfig, respace
 from ddpm_core.types import EpsTheta, VarianceType
@@ -23,6 +31,10 @@ __all__ = [
     "BoundEstimate",
     "EMA",
     "EpsTheta",
+    "LinearGaussianProcess",
+    "Prediction",
+    "PredictionType",
+    "ReverseProcess",
     "Schedule",
     "ScheduleConfig",
     "SamplerConfig",
@@ -35,7 +47,9 @@ __all__ = [
     "draw_timesteps",
     "ema_decay",
     "predict_eps",
+    "predict_v",
     "predict_x_start",
+    "prediction_target",
     "prior_term",
     "q_posterior",
     "q_sample",

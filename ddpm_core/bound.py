@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ddpm_core import rng
 from ddpm_core._checks import check_floating, check_index, check_same_shape, require
-from ddpm_core.process import q_sample
-from ddpm_core.schedules import Schedule, check_variance_type
-from ddpm_core.types import EpsTheta, VarianceType
+from ddpm_core.process import LinearGaussianProcess, q_sample
+from ddpm_core.reverse import ReverseProcess
+from ddpm_core.types import EpsTheta
 
 _LN_2 = math.log(2.0)
 
@@ -50,62 +50,57 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 
 def bound_term(
     eps_theta: EpsTheta,
-    schedule: Schedule,
+    reverse: ReverseProcess,
     x_start: Tensor,
     t: Tensor,
     noise: Tensor,
     *,
     levels: int,
-    variance_type: VarianceType,
-    clip: bool = True,
 ) -> Tensor:
     """One term of the bound for each sample, `[B]` in bits a dimension, differentiable.
 
     t ≥ 1: KL(q(x_{t−1}|x_t, x_0) ‖ p_θ) = ½·[ln(σ²/β̃) + β̃/σ² − 1 + (c1²/σ²)·‖x̂_0 − x_0‖²], c1 the posterior's
-    coefficient on x_0, and x̂_0 − x_0 = √(1/ᾱ − 1)·(ε − ε_θ). t == 0: −ln P(x_0) of the decoder.
+    coefficient on x_0. t == 0: −ln P(x_0) of the decoder.
     x_start, noise `[B, C, H, W]`, x_start on one of `levels` levels in [−1, 1]; t int64 `[B]`.
-    clip: clip x̂_0 to [−1, 1], as the samplers do: the bound of the model that is sampled, and the published
+    reverse.clip: clip x̂_0 to [−1, 1], as the samplers do: the bound of the model that is sampled, and the published
     practice. Without it, errors at the noisy end are multiplied by √(1/ᾱ − 1) (20,000 for the cosine schedule).
     Give False to train on this term, since a clipped x̂_0 has no gradient.
     float64 if x_start is, float32 otherwise. Raises ValueError naming the argument that is wrong.
     """
     check_floating("x_start", x_start)
-    log_variance = schedule.model_log_variance(variance_type)
-    dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-    x_t = q_sample(schedule, x_start, t, noise)
-    eps_pred = eps_theta(x_t, t)
-    check_same_shape("eps_theta's output", eps_pred, "x_t", x_t)
+    process = reverse.process
+    x_t = q_sample(process, x_start, t, noise)
+    output = eps_theta(x_t, t)
+    error = reverse.x_start_error(output, x_start, t, noise)
+    x_start = x_start.to(error.dtype)
 
-    x_start = x_start.to(dtype)
-    # From ε − ε_θ, not from two images: their difference would cancel near t = 0.
-    error = schedule.gather(schedule.sqrt_recipm1_alphas_cumprod, t, x_start) * (
-        noise.to(dtype) - eps_pred.to(dtype)
+    # float64 until the last step: the tables are, and a mismatch of variances may be a small difference
+    log_variance = reverse.log_variance(output, x_t.double(), t)
+    log_ratio = process.gather(process.posterior_log_variance_clipped, t, log_variance) - log_variance
+    mismatch = 0.5 * (torch.expm1(log_ratio) - log_ratio)
+    weight = (
+        0.5
+        * process.gather(process.posterior_mean_coef1.square(), t, log_variance)
+        * torch.exp(-log_variance)
     )
-    if clip:
-        error = (x_start + error).clamp(-1.0, 1.0) - x_start
-
-    log_ratio = schedule.posterior_log_variance_clipped - log_variance
-    mismatch = schedule.gather(0.5 * (torch.expm1(log_ratio) - log_ratio), t, x_start).flatten()
-    weights = 0.5 * schedule.posterior_mean_coef1.square() * torch.exp(-log_variance)
-    weight = schedule.gather(weights, t, x_start).flatten()
-    terms = mismatch + weight * error.square().flatten(1).mean(1)
+    terms = (mismatch.to(error.dtype) + weight.to(error.dtype) * error.square()).flatten(1).mean(1)
 
     first = (t == 0).nonzero().squeeze(1)
     if first.numel():
         x_first = x_start[first]
         log_likelihood = discretized_gaussian_log_likelihood(
-            x_first, x_first + error[first], 0.5 * log_variance[0], levels
+            x_first, x_first + error[first], 0.5 * log_variance[first], levels
         )
         terms = terms.index_copy(0, first, -log_likelihood.flatten(1).mean(1))
     return terms / _LN_2
 
 
-def prior_term(schedule: Schedule, x_start: Tensor) -> Tensor:
-    """L_T = KL(q(x_T|x_0) ‖ N(0, I)), `[B]` in bits a dimension: Schedule.prior_bits_per_dim."""
-    return schedule.prior_bits_per_dim(x_start)
+def prior_term(process: LinearGaussianProcess, x_start: Tensor) -> Tensor:
+    """L_T = KL(q(x_T|x_0) ‖ p(x_T)), `[B]` in bits a dimension: LinearGaussianProcess.prior_bits_per_dim."""
+    return process.prior_bits_per_dim(x_start)
 
 
-def stratify(schedule: Schedule, num_strata: int) -> Tensor:
+def stratify(process: LinearGaussianProcess, num_strata: int) -> Tensor:
     """Edges int64 `[num_strata + 1]` of strata edge_i ≤ t < edge_{i+1} that cut 1..T−1, none empty.
 
     Any cut gives an unbiased estimate. This one shares out evenly the mean of two weights: a uniform one,
@@ -114,17 +109,17 @@ def stratify(schedule: Schedule, num_strata: int) -> Tensor:
     differ within it.
     Raises ValueError if num_strata is not in 1..T−1.
     """
-    num_terms = schedule.num_timesteps - 1
+    num_terms = process.num_timesteps - 1
     require(1 <= num_strata <= num_terms, "num_strata", f"in 1..{num_terms} (T − 1)", num_strata)
-    snr = schedule.log_snr.cpu().exp()
+    snr = process.log_snr.cpu().exp()
     proxy = (snr[:-1] - snr[1:]) / (4.0 + snr[1:])
     share = (proxy / proxy.sum() + 1.0 / num_terms) / 2.0
     wanted = torch.arange(1, num_strata, dtype=torch.float64) / num_strata
     edges = [1]
     for number, edge in enumerate((1 + torch.searchsorted(share.cumsum(0), wanted)).tolist(), start=1):
-        room_left = schedule.num_timesteps - (num_strata - number)
+        room_left = process.num_timesteps - (num_strata - number)
         edges.append(min(max(edge, edges[-1] + 1), room_left))
-    return torch.tensor([*edges, schedule.num_timesteps])
+    return torch.tensor([*edges, process.num_timesteps])
 
 
 @dataclass(frozen=True)
@@ -158,28 +153,17 @@ class BoundAccumulator:
     num_strata + 1 network evaluations an image.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        levels: int,
-        variance_type: VarianceType,
-        num_strata: int,
-        seed: int,
-        clip: bool = True,
-    ) -> None:
+    def __init__(self, reverse: ReverseProcess, *, levels: int, num_strata: int, seed: int) -> None:
         require(levels >= 2, "levels", "at least 2", levels)
         require(num_strata >= 1, "num_strata", "at least 1", num_strata)
-        check_variance_type(variance_type)
-        self._schedule = schedule
+        self._reverse = reverse
         self._levels = levels
-        self._variance_type: VarianceType = variance_type
         self._seed = seed
-        self._clip = clip
-        num_strata = min(num_strata, schedule.num_timesteps - 1)
-        self._edges: list[int] = stratify(schedule, num_strata).tolist() if num_strata else [1]
+        process = reverse.process
+        num_strata = min(num_strata, process.num_timesteps - 1)
+        self._edges: list[int] = stratify(process, num_strata).tolist() if num_strata else [1]
         # Count; sums and sums of squares of (reconstruction, consistency, prior, total); per t: sum, count.
-        self._state = torch.zeros(9 + 2 * schedule.num_timesteps, dtype=torch.float64)
+        self._state = torch.zeros(9 + 2 * process.num_timesteps, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, eps_theta: EpsTheta, x_start: Tensor, index: Tensor) -> None:
@@ -198,7 +182,7 @@ class BoundAccumulator:
             t = start + rng.integers(self._seed, "bound timestep", index, stop - start, draw=stratum)
             term = self._evaluate(eps_theta, x_start, index, t, draw=stratum + 1)
             consistency += (stop - start) * term
-        prior = prior_term(self._schedule, x_start).double().cpu()
+        prior = prior_term(self._reverse.process, x_start).double().cpu()
         per_image = torch.stack((reconstruction, consistency, prior, reconstruction + consistency + prior))
         self._state[0] += index.shape[0]
         self._state[1:5] += per_image.sum(1)
@@ -243,13 +227,11 @@ class BoundAccumulator:
         ).to(x_start.device)
         term = bound_term(
             eps_theta,
-            self._schedule.to(x_start.device),
+            self._reverse.to(x_start.device),
             x_start,
             t.to(x_start.device),
             noise,
             levels=self._levels,
-            variance_type=self._variance_type,
-            clip=self._clip,
         )
         term = term.double().cpu()
         sums, counts = self._state[9:].chunk(2)

@@ -1,25 +1,165 @@
-"""The forward process q and the relations between x_0, x_t and ε (Ho et al. 2020, section 2)."""
+"""The forward process q (Ho et al. 2020, section 2), for every linear-Gaussian way from data to noise.
 
+x_t = a_t·x_0 + b_t·ε, Markov, with a falling signal-to-noise ratio a²/b². The variance-preserving process of Ho
+et al. is a = √ᾱ, b = √(1 − ᾱ): `ddpm_core.schedules.Schedule`. Whatever scale a process has, everything that the
+bound says of it depends on the log-SNR alone (Kingma et al. 2021, arXiv:2107.00630).
+"""
+
+import math
+from typing import Self
+
+import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape
-from ddpm_core.schedules import Schedule
+from ddpm_core._checks import check_floating, check_same_shape, check_timesteps
+
+PRIOR_WARNING_BITS_PER_DIM = 1e-3
 
 
-def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (Eq. 4).
+class LinearGaussianProcess:
+    """The tables of q, each a float64 tensor `[T]`; t is zero-based, and t = −1 means the data (a = 1, b = 0).
+
+    log_a, log_b, a, b: x_t = a·x_0 + b·ε; ln a is −∞ where a = 0, which only the last step may have.
+    log_snr = 2·(ln a − ln b), strictly falling.
+    total_variance = a² + b²: the variance of x_t for data of variance 1; its last value is that of p(x_T).
+    snr_loss = 1 − SNR_t/SNR_{t−1}, the share of the signal-to-noise ratio that step t destroys; 1 at index 0.
+    step_scale, step_variance: q(x_t|x_{t−1}) = N(step_scale·x_{t−1}, step_variance·I).
+    posterior_mean_coef1 (on x_0), posterior_mean_coef2 (on x_t), posterior_variance (exactly 0 at index 0):
+    q(x_{t−1}|x_t, x_0), Eq. 6 and 7.
+    posterior_log_variance_clipped: ln of it, with index 1's value at index 0, there in units of x_0 (the one step's
+    own variance if T = 1).
+
+    Do not change a table in place. `to` gives a copy on another device.
+    """
+
+    def __init__(
+        self,
+        log_a: Tensor,
+        log_b: Tensor,
+        *,
+        snr_loss: Tensor | None = None,
+        total_variance: Tensor | None = None,
+    ) -> None:
+        """log_a, log_b: floating-point `[T]`, finite but for a last ln a of −∞.
+
+        snr_loss and total_variance: these tables where the caller knows them with more digits than the
+        logarithms have. Raises ValueError naming the argument that is wrong.
+        """
+        _check_tables(log_a, log_b)
+        self.log_a = log_a.detach().to(torch.float64).clone()
+        self.log_b = log_b.detach().to(torch.float64).clone()
+        self.log_snr = 2.0 * (self.log_a - self.log_b)
+        rising = (self.log_snr.diff() >= 0).nonzero()
+        if rising.numel():
+            at = int(rising[0]) + 1
+            raise ValueError(
+                f"log_snr: must fall strictly, got {float(self.log_snr[at - 1])} then {float(self.log_snr[at])} "
+                f"at {at}"
+            )
+        self.a, self.b = self.log_a.exp(), self.log_b.exp()
+        # −expm1 keeps the digits of a small loss
+        losses = -torch.expm1(self.log_snr - shifted(self.log_snr, math.inf))
+        self.snr_loss = losses if snr_loss is None else snr_loss.detach().to(torch.float64).clone()
+        totals = self.a.square() + self.b.square()
+        self.total_variance = (
+            totals if total_variance is None else total_variance.detach().to(torch.float64).clone()
+        )
+
+        variance, variance_prev = self.b.square(), shifted(self.b, 0.0).square()
+        self.step_scale = torch.exp(self.log_a - shifted(self.log_a, 0.0))
+        self.step_variance = variance * self.snr_loss
+        self.posterior_mean_coef1 = shifted(self.a, 1.0) * self.snr_loss
+        self.posterior_mean_coef2 = self.step_scale * variance_prev / variance
+        self.posterior_variance = variance_prev * self.snr_loss
+        # the decoder of x_0 needs a width where the posterior has none
+        clipped = self.posterior_variance.clone()
+        first = self.posterior_variance[1] if self.num_timesteps > 1 else self.step_variance[0]
+        clipped[0] = first / self.total_variance[0]
+        self.posterior_log_variance_clipped = clipped.log()
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.log_a.shape[0]
+
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether a = 0 at the last step (zero terminal SNR): x_T is noise alone, and ε says nothing of x_0."""
+        return bool(self.log_a[-1] == -math.inf)
+
+    def __repr__(self) -> str:
+        last = float(self.log_snr[-1])
+        return f"{type(self).__name__}(num_timesteps={self.num_timesteps}, last log_snr={last:.3g})"
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same process with its tables on device (self, if they are there already)."""
+        if self.log_a.to(device).device == self.log_a.device:
+            return self
+        other = object.__new__(type(self))
+        # The tables are copied, not computed again, so that every device holds the same bits.
+        other.__dict__.update({name: table.to(device) for name, table in self.__dict__.items()})
+        return other
+
+    def at(self, timesteps: Tensor) -> "LinearGaussianProcess":
+        """The shorter chain through some timesteps; q(x_t|x_0) is kept.
+
+        timesteps: int64 `[S]`, strictly increasing, in 0..T−1. Raises ValueError naming timesteps.
+        """
+        check_subset(timesteps, self.num_timesteps)
+        where = timesteps.to(self.log_a.device)
+        return LinearGaussianProcess(
+            self.log_a[where], self.log_b[where], total_variance=self.total_variance[where]
+        )
+
+    def gather(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        """table[t] shaped `[B, 1, ..., 1]` to broadcast over like, in like's dtype and on its device.
+
+        The cast comes after the look-up and after every root and difference: a table in bf16 would give zero
+        noise at the first timesteps. With CUDA tensors call `to(device)` once, or each look-up waits for the
+        device. Raises ValueError naming t if it is not int64 `[B]` in 0..T−1.
+        """
+        check_timesteps(t, self.num_timesteps, like)
+        values = table[t.to(table.device)].to(like.dtype).to(like.device)
+        return values.reshape(-1, *[1] * (like.dim() - 1))
+
+    def prior_bits_per_dim(self, x_start: Tensor) -> Tensor:
+        """KL(q(x_T|x_0) ‖ p(x_T)), `[B]` in bits a dimension, the bound's L_T (Eq. 5); p(x_T) = N(0, (a² + b²)·I).
+
+        ½ · (−ln(1 − r) − r + r·x_0²) / ln 2 with r = a²/(a² + b²) at the last step (ᾱ_T of a variance-preserving
+        process), averaged over the dimensions of x_start `[B, ...]`. float64 in, float64 out; float32 otherwise.
+        """
+        check_floating("x_start", x_start)
+        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
+        mean_square = x_start.to(dtype).square().flatten(1).mean(1)
+        last = float(torch.sigmoid(self.log_snr[-1]))
+        return (_log_excess(last) + last * mean_square) / (2.0 * math.log(2.0))
+
+    def warnings(self) -> list[str]:
+        """What a user should know before training with this process: plain sentences, mostly none."""
+        bits = float(self.prior_bits_per_dim(torch.ones(1, 1, dtype=torch.float64)))
+        if bits <= PRIOR_WARNING_BITS_PER_DIM:
+            return []
+        return [
+            f"x_T is not close to its prior N(0, a² + b²): the log-SNR ends at {float(self.log_snr[-1]):.3g} "
+            f"(prior term up to {bits:.2g} bits/dim, should be below {PRIOR_WARNING_BITS_PER_DIM:g}), so sampling "
+            f"starts from noise that training never saw; let b/a grow further"
+        ]
+
+
+def q_sample(process: LinearGaussianProcess, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = a_t·x_0 + b_t·ε; for a `Schedule` √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4).
 
     x_start, noise `[B, ...]`; t int64 `[B]`, zero-based. Returns `[B, ...]` in the dtype of x_start.
     Raises ValueError naming the argument whose shape, dtype or range is wrong.
     """
     check_floating("x_start", x_start)
     check_same_shape("noise", noise, "x_start", x_start)
-    signal = schedule.gather(schedule.sqrt_alphas_cumprod, t, x_start)
-    spread = schedule.gather(schedule.sqrt_one_minus_alphas_cumprod, t, x_start)
+    signal, spread = process.gather(process.a, t, x_start), process.gather(process.b, t, x_start)
     return signal * x_start + spread * noise.to(x_start.dtype)
 
 
-def q_posterior(schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def q_posterior(
+    process: LinearGaussianProcess, x_start: Tensor, x_t: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """q(x_{t−1} | x_t, x_0): mean μ̃_t `[B, ...]`, variance β̃_t and its logarithm `[B, 1, ...]` (Eq. 6, 7).
 
     At t == 0 the mean is x_0 and the variance 0; the logarithm is clipped there to index 1's.
@@ -27,27 +167,41 @@ def q_posterior(schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor) -> 
     check_floating("x_start", x_start)
     check_same_shape("x_t", x_t, "x_start", x_start)
     mean = (
-        schedule.gather(schedule.posterior_mean_coef1, t, x_start) * x_start
-        + schedule.gather(schedule.posterior_mean_coef2, t, x_start) * x_t
+        process.gather(process.posterior_mean_coef1, t, x_start) * x_start
+        + process.gather(process.posterior_mean_coef2, t, x_start) * x_t
     )
-    variance = schedule.gather(schedule.posterior_variance, t, x_start)
-    log_variance = schedule.gather(schedule.posterior_log_variance_clipped, t, x_start)
+    variance = process.gather(process.posterior_variance, t, x_start)
+    log_variance = process.gather(process.posterior_log_variance_clipped, t, x_start)
     return mean, variance, log_variance
 
 
-def predict_x_start(schedule: Schedule, x_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
-    """x̂_0 = (x_t − √(1 − ᾱ_t) · ε_θ) / √ᾱ_t, Eq. 4 solved for x_0. Not clipped. Shapes as in q_sample."""
-    check_floating("x_t", x_t)
-    check_same_shape("eps_pred", eps_pred, "x_t", x_t)
-    scale = schedule.gather(schedule.sqrt_recip_alphas_cumprod, t, x_t)
-    spread = schedule.gather(schedule.sqrt_recipm1_alphas_cumprod, t, x_t)
-    return scale * x_t - spread * eps_pred.to(x_t.dtype)
+def shifted(table: Tensor, first: float) -> Tensor:
+    """The table of t − 1: `first` stands for the data."""
+    return torch.cat((table.new_full((1,), first), table[:-1]))
 
 
-def predict_eps(schedule: Schedule, x_t: Tensor, t: Tensor, pred_x_start: Tensor) -> Tensor:
-    """ε = (x_t − √ᾱ_t · x̂_0) / √(1 − ᾱ_t), Eq. 4 solved for ε. Shapes as in q_sample."""
-    check_floating("x_t", x_t)
-    check_same_shape("pred_x_start", pred_x_start, "x_t", x_t)
-    signal = schedule.gather(schedule.sqrt_alphas_cumprod, t, x_t)
-    spread = schedule.gather(schedule.sqrt_one_minus_alphas_cumprod, t, x_t)
-    return (x_t - signal * pred_x_start) / spread
+def check_subset(timesteps: Tensor, num_timesteps: int) -> None:
+    """Raises ValueError unless timesteps is int64 `[S]`, S ≥ 1, strictly increasing in 0..num_timesteps − 1."""
+    check_timesteps(timesteps, num_timesteps, like=timesteps)
+    if timesteps.numel() == 0 or bool((timesteps.diff() <= 0).any()):
+        raise ValueError("timesteps: must be strictly increasing and not empty")
+
+
+def _check_tables(log_a: Tensor, log_b: Tensor) -> None:
+    for name, table in (("log_a", log_a), ("log_b", log_b)):
+        check_floating(name, table)
+        if table.dim() != 1 or table.shape[0] < 1:
+            raise ValueError(f"{name}: must have the shape [T] with T >= 1, got {list(table.shape)}")
+    check_same_shape("log_b", log_b, "log_a", log_a)
+    finite = log_a.isfinite()
+    finite[-1] |= log_a[-1] == -math.inf
+    for name, ok in (("log_a", finite), ("log_b", log_b.isfinite())):
+        if not bool(ok.all()):
+            raise ValueError(f"{name}: must be finite, got a value that is not at {int((~ok).nonzero()[0])}")
+
+
+def _log_excess(r: float) -> float:
+    """−ln(1 − r) − r, without the cancellation at small r."""
+    if r < 1e-2:
+        return sum(r**k / k for k in range(2, 11))
+    return -math.log1p(-r) - r

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddpm_core import rng
 from ddpm_core._checks import check_index, check_same_shape, require
-from ddpm_core.process import predict_eps, predict_x_start, q_posterior
-from ddpm_core.schedules import Schedule, check_variance_type, respace
+from ddpm_core.predictions import PredictionType
+from ddpm_core.process import LinearGaussianProcess, q_posterior, shifted
+from ddpm_core.reverse import ReverseProcess, check_variance_type
 from ddpm_core.types import EpsTheta, VarianceType
 
 
@@ -76,89 +77,113 @@ def sampling_timesteps(num_timesteps: int, num_steps: int | None) -> Tensor:
 
 
 def denoise_step(
-    schedule: Schedule, config: SamplerConfig, x_t: Tensor, t: Tensor, eps_pred: Tensor, noise: Tensor | None
+    reverse: ReverseProcess,
+    config: SamplerConfig,
+    x_t: Tensor,
+    t: Tensor,
+    output: Tensor,
+    noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One step t → t−1 of the given (perhaps respaced) schedule. Returns (x_{t−1}, x̂_0), each like x_t.
+    """One step t → t−1 of the given (perhaps respaced) chain. Returns (x_{t−1}, x̂_0), each like x_t.
 
-    ancestral: x_{t−1} = μ̃_t(x_t, x̂_0) + σ_t·z (Algorithm 2, line 4).
-    ddim: x_{t−1} = √ᾱ_{t−1}·x̂_0 + √(1 − ᾱ_{t−1} − σ²)·ε̂ + σ·z with σ² = η²·β̃_t, where ε̂ is taken from the
+    ancestral: x_{t−1} = μ̃_t(x_t, x̂_0) + σ_t·z (Algorithm 2, line 4), σ_t of `reverse`.
+    ddim: x_{t−1} = a_{t−1}·x̂_0 + √(b²_{t−1} − σ²)·ε̂ + σ·z with σ² = η²·β̃_t, where ε̂ is taken from the
     clipped x̂_0, so that the two always fit x_t.
     At t == 0 no noise is added and x_{t−1} is x̂_0. t int64 `[B]`; noise z like x_t, None for z = 0.
     """
-    pred_x_start = predict_x_start(schedule, x_t, t, eps_pred)
-    if config.clip:
-        pred_x_start = pred_x_start.clamp(-1.0, 1.0)
+    process = reverse.process
+    pred_x_start, eps = reverse.predict(output, x_t, t)
     if config.kind == "ancestral":
-        mean, _, _ = q_posterior(schedule, pred_x_start, x_t, t)
-        sigmas = (0.5 * schedule.model_log_variance(config.variance_type)).exp()
+        mean, _, _ = q_posterior(process, pred_x_start, x_t, t)
+        sigma = (0.5 * reverse.log_variance(output, x_t, t)).exp().to(x_t.dtype)
     else:
-        sigmas = config.eta * schedule.posterior_variance.sqrt()
-        # 1 − ᾱ_{t−1} − σ² = (1 − ᾱ_{t−1})·(1 − η²·β_t/(1 − ᾱ_t)), which cannot round below zero.
-        share = (1.0 - config.eta**2 * schedule.betas / schedule.one_minus_alphas_cumprod).clamp(min=0.0)
-        direction = ((1.0 - schedule.alphas_cumprod_prev) * share).sqrt()
-        mean = schedule.gather(schedule.alphas_cumprod_prev.sqrt(), t, x_t) * pred_x_start
-        mean = mean + schedule.gather(direction, t, x_t) * predict_eps(schedule, x_t, t, pred_x_start)
+        # b²_{t−1} − σ² = b²_{t−1}·(1 − η²·(1 − SNR_t/SNR_{t−1})), which cannot round below zero
+        direction = shifted(process.b, 0.0) * (1.0 - config.eta**2 * process.snr_loss).clamp(min=0.0).sqrt()
+        mean = process.gather(shifted(process.a, 1.0), t, x_t) * pred_x_start
+        mean = mean + process.gather(direction, t, x_t) * eps
+        sigma = process.gather(config.eta * process.posterior_variance.sqrt(), t, x_t)
     if noise is None:
         return mean, pred_x_start
     check_same_shape("noise", noise, "x_t", x_t)
     above_zero = (t > 0).to(x_t).reshape(-1, *[1] * (x_t.dim() - 1))
-    return mean + above_zero * schedule.gather(sigmas, t, x_t) * noise, pred_x_start
+    return mean + above_zero * sigma * noise, pred_x_start
 
 
 def trajectory(
     eps_theta: EpsTheta,
-    schedule: Schedule,
+    process: LinearGaussianProcess,
     config: SamplerConfig,
     *,
     seed: int,
     index: Tensor,
     shape: tuple[int, int, int],
+    prediction_type: PredictionType = "eps",
+    x_start_mse: Tensor | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[TrajectoryStep]:
     """The way from noise to image: a TrajectoryStep for each visited timestep, from T−1 down.
 
     The last one's pred_x_start is the image, since the last step adds no noise and its mean is x̂_0.
+    prediction_type: what the network predicts. x_start_mse: float64 `[T]`, for the variance type "analytic".
     index: int64 `[B]`, the images' numbers, which with seed decide all noise: x_T by draw 0, the noise of the
     step that leaves timestep t by draw t + 1. shape: (C, H, W). device: where states live (index.device if
     None). Noise is computed on index.device. Run the network in eval mode; no gradients are kept.
     """
     check_index(index)
     device = index.device if device is None else torch.device(device)
-    timesteps = sampling_timesteps(schedule.num_timesteps, config.num_steps)
-    chain = schedule if len(timesteps) == schedule.num_timesteps else respace(schedule, timesteps)
-    chain = chain.to(device)
+    timesteps = sampling_timesteps(process.num_timesteps, config.num_steps)
+    is_whole = len(timesteps) == process.num_timesteps
+    chain = (process if is_whole else process.at(timesteps)).to(device)
+    reverse = ReverseProcess(
+        chain,
+        prediction_type,
+        config.variance_type,
+        config.clip,
+        None if x_start_mse is None else x_start_mse[timesteps.to(x_start_mse.device)],
+    )
     is_noisy = config.kind == "ancestral" or config.eta > 0
 
     def draw(number: int) -> Tensor:
         return rng.normal(seed, "sample", index, shape, draw=number, dtype=dtype).to(device)
 
-    x_t = draw(0)
+    x_t = draw(0) * float(chain.total_variance[-1]) ** 0.5
     for position in reversed(range(len(timesteps))):
         timestep = int(timesteps[position])
         with torch.no_grad():
-            eps_pred = eps_theta(x_t, torch.full(index.shape, timestep, dtype=torch.int64, device=device))
+            output = eps_theta(x_t, torch.full(index.shape, timestep, dtype=torch.int64, device=device))
             noise = draw(timestep + 1) if is_noisy and position else None
             t = torch.full(index.shape, position, dtype=torch.int64, device=device)
-            x_prev, pred_x_start = denoise_step(chain, config, x_t, t, eps_pred, noise)
+            x_prev, pred_x_start = denoise_step(reverse, config, x_t, t, output, noise)
         yield TrajectoryStep(timestep, x_t, pred_x_start)
         x_t = x_prev
 
 
 def sample(
     eps_theta: EpsTheta,
-    schedule: Schedule,
+    process: LinearGaussianProcess,
     config: SamplerConfig,
     *,
     seed: int,
     index: Tensor,
     shape: tuple[int, int, int],
+    prediction_type: PredictionType = "eps",
+    x_start_mse: Tensor | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Images x_0 `[B, C, H, W]`, in [−1, 1] if config.clip. Arguments as in `trajectory`."""
     steps = trajectory(
-        eps_theta, schedule, config, seed=seed, index=index, shape=shape, device=device, dtype=dtype
+        eps_theta,
+        process,
+        config,
+        seed=seed,
+        index=index,
+        shape=shape,
+        prediction_type=prediction_type,
+        x_start_mse=x_start_mse,
+        device=device,
+        dtype=dtype,
     )
     image = None
     for step in steps:

@@ -10,10 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_timesteps, require
-from ddpm_core.types import VarianceType
-
-PRIOR_WARNING_BITS_PER_DIM = 1e-3
+from ddpm_core._checks import check_floating, require
+from ddpm_core.process import (
+    PRIOR_WARNING_BITS_PER_DIM,
+    LinearGaussianProcess,
+    check_subset,
+    shifted,
+)
 
 
 @dataclass(frozen=True)
@@ -49,52 +52,46 @@ class ScheduleConfig:
         require(0 < self.beta_max < 1, "beta_max", "between 0 and 1, both excluded", self.beta_max)
 
 
-class Schedule:
-    """The tables of one schedule, each a float64 tensor `[T]`.
+class Schedule(LinearGaussianProcess):
+    """The variance-preserving process of Ho et al. 2020, from β_t. The tables, each float64 `[T]`, are:
 
     betas, alphas, alphas_cumprod (ᾱ_t), alphas_cumprod_prev (ᾱ_{t−1}), log_alphas_cumprod,
     one_minus_alphas_cumprod, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
-    sqrt_recip_alphas_cumprod (1/√ᾱ_t), sqrt_recipm1_alphas_cumprod (√(1/ᾱ_t − 1)),
-    log_snr (ln ᾱ_t − ln(1 − ᾱ_t)), and of the posterior q(x_{t−1}|x_t, x_0), Eq. 6 and 7:
-    posterior_mean_coef1 (on x_0), posterior_mean_coef2 (on x_t), posterior_variance (β̃_t, exactly 0 at
-    index 0), posterior_log_variance_clipped (ln β̃_t, with index 1's value at index 0; ln β_0 there if T = 1).
+    sqrt_recip_alphas_cumprod (1/√ᾱ_t), sqrt_recipm1_alphas_cumprod (√(1/ᾱ_t − 1)), and those of
+    `LinearGaussianProcess`: log_snr (ln ᾱ_t − ln(1 − ᾱ_t)), posterior_mean_coef1, posterior_variance (β̃_t), …
 
-    Do not change a table in place. `to` gives a copy on another device.
+    β = 1 is allowed at the last step only (zero terminal SNR); ε then says nothing of x_0 there.
     """
 
     def __init__(self, betas: Tensor) -> None:
         check_floating("betas", betas)
         if betas.dim() != 1 or betas.shape[0] < 1:
             raise ValueError(f"betas: must have the shape [T] with T >= 1, got {list(betas.shape)}")
-        bad = ~((betas > 0) & (betas < 1))
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
+        good = (betas > 0) & (betas < 1)
+        good[-1] |= betas[-1] == 1
+        if not bool(good.all()):
+            at = int((~good).nonzero()[0])
             raise ValueError(
-                f"betas: must lie between 0 and 1, both excluded, got {float(betas[at])} at {at}"
+                f"betas: must lie between 0 and 1, both excluded (1 is allowed at the last step), "
+                f"got {float(betas[at])} at {at}"
             )
 
         self.betas = betas.detach().to(torch.float64).clone()
         # 1 − ᾱ is taken from ln ᾱ: the difference of two rounded numbers would lose digits near t = 0.
         self.log_alphas_cumprod = torch.log1p(-self.betas).cumsum(0)
         self.one_minus_alphas_cumprod = -torch.expm1(self.log_alphas_cumprod)
+        super().__init__(
+            0.5 * self.log_alphas_cumprod,
+            0.5 * self.one_minus_alphas_cumprod.log(),
+            snr_loss=self.betas / self.one_minus_alphas_cumprod,
+            total_variance=torch.ones_like(self.betas),
+        )
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = self.log_alphas_cumprod.exp()
-        self.alphas_cumprod_prev = _shift(self.alphas_cumprod, 1.0)
-        self.sqrt_alphas_cumprod = (0.5 * self.log_alphas_cumprod).exp()
-        self.sqrt_one_minus_alphas_cumprod = self.one_minus_alphas_cumprod.sqrt()
-        self.sqrt_recip_alphas_cumprod = (-0.5 * self.log_alphas_cumprod).exp()
+        self.alphas_cumprod_prev = shifted(self.alphas_cumprod, 1.0)
+        self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod = self.a, self.b
+        self.sqrt_recip_alphas_cumprod = torch.exp(-self.log_a)
         self.sqrt_recipm1_alphas_cumprod = torch.expm1(-self.log_alphas_cumprod).sqrt()
-        self.log_snr = self.log_alphas_cumprod - self.one_minus_alphas_cumprod.log()
-
-        one_minus_prev = _shift(self.one_minus_alphas_cumprod, 0.0)
-        self.posterior_mean_coef1 = (
-            self.betas * self.alphas_cumprod_prev.sqrt() / self.one_minus_alphas_cumprod
-        )
-        self.posterior_mean_coef2 = one_minus_prev * self.alphas.sqrt() / self.one_minus_alphas_cumprod
-        self.posterior_variance = self.betas * one_minus_prev / self.one_minus_alphas_cumprod
-        clipped = self.posterior_variance.clone()
-        clipped[0] = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
-        self.posterior_log_variance_clipped = clipped.log()
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Schedule":
@@ -105,56 +102,17 @@ class Schedule:
     def from_config(cls, config: ScheduleConfig) -> "Schedule":
         return cls(_linear_betas(config) if config.kind == "linear" else _cosine_betas(config))
 
-    @property
-    def num_timesteps(self) -> int:
-        return self.betas.shape[0]
+    def at(self, timesteps: Tensor) -> "Schedule":
+        """The schedule of the shorter chain through the given timesteps: ᾱ is kept, and β follows from it.
 
-    def __repr__(self) -> str:
-        last = float(self.alphas_cumprod[-1])
-        return f"Schedule(num_timesteps={self.num_timesteps}, last alphas_cumprod={last:.3g})"
-
-    def to(self, device: torch.device | str) -> "Schedule":
-        """The same schedule with its tables on device (self, if they are there already)."""
-        moved = self.betas.to(device)
-        if moved.device == self.betas.device:
-            return self
-        other = object.__new__(Schedule)
-        # The tables are copied, not computed again, so that every device holds the same bits.
-        other.__dict__.update({name: table.to(device) for name, table in self.__dict__.items()})
-        return other
-
-    def gather(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """table[t] shaped `[B, 1, ..., 1]` to broadcast over like, in like's dtype and on its device.
-
-        The cast comes after the look-up and after every root and difference: a table in bf16 would give zero
-        noise at the first timesteps. With CUDA tensors call `schedule.to(device)` once, or each look-up waits
-        for the device. Raises ValueError naming t if it is not int64 `[B]` in 0..T−1.
+        β_i = 1 − ᾱ_{t_i}/ᾱ_{t_{i−1}}. timesteps: int64 `[S]`, strictly increasing, in 0..T−1.
         """
-        check_timesteps(t, self.num_timesteps, like)
-        values = table[t.to(table.device)].to(like.dtype).to(like.device)
-        return values.reshape(-1, *[1] * (like.dim() - 1))
-
-    def model_log_variance(self, variance_type: VarianceType) -> Tensor:
-        """ln σ_t² of p_θ(x_{t−1}|x_t), `[T]`: ln β̃_t for "fixed_small", ln β_t for "fixed_large".
-
-        Both take ln β̃ of index 1 at index 0, where β̃ is 0 and the decoder needs a width (ln β_0 if T = 1).
-        """
-        check_variance_type(variance_type)
-        if variance_type == "fixed_small":
-            return self.posterior_log_variance_clipped
-        return torch.cat((self.posterior_log_variance_clipped[:1], self.betas[1:].log()))
-
-    def prior_bits_per_dim(self, x_start: Tensor) -> Tensor:
-        """KL(q(x_T|x_0) ‖ N(0, I)), `[B]` in bits a dimension, the bound's L_T (Eq. 5).
-
-        ½ · (−ln(1 − ᾱ) − ᾱ + ᾱ·x_0²) / ln 2 at the last step, averaged over the dimensions of
-        x_start `[B, ...]`. float64 in, float64 out; float32 otherwise.
-        """
-        check_floating("x_start", x_start)
-        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-        mean_square = x_start.to(dtype).square().flatten(1).mean(1)
-        last = float(self.alphas_cumprod[-1])
-        return (_log_excess(last) + last * mean_square) / (2.0 * math.log(2.0))
+        check_subset(timesteps, self.num_timesteps)
+        log_alphas_cumprod = self.log_alphas_cumprod[timesteps.to(self.betas.device)]
+        betas = -torch.expm1(log_alphas_cumprod - shifted(log_alphas_cumprod, 0.0))
+        # a step over ᾱ ratios below 1e-16 rounds to β = 1, which is no ε-schedule; the next number below is one
+        most = torch.where(log_alphas_cumprod.isinf(), 1.0, 1.0 - 2.0**-53)
+        return Schedule(torch.minimum(betas, most))
 
     def warnings(self) -> list[str]:
         """What a user should know before training with this schedule: plain sentences, mostly none."""
@@ -174,28 +132,9 @@ class Schedule:
         ]
 
 
-def check_variance_type(variance_type: str) -> None:
-    """Raises ValueError unless variance_type is one that this version knows."""
-    require(
-        variance_type in ("fixed_small", "fixed_large"),
-        "variance_type",
-        "'fixed_small' or 'fixed_large'",
-        variance_type,
-    )
-
-
 def respace(schedule: Schedule, timesteps: Tensor) -> Schedule:
-    """The schedule of the shorter chain through the given timesteps: ᾱ is kept, and β follows from it.
-
-    β_i = 1 − ᾱ_{t_i}/ᾱ_{t_{i−1}}. timesteps: int64 `[S]`, strictly increasing, in 0..T−1.
-    """
-    check_timesteps(timesteps, schedule.num_timesteps, like=timesteps)
-    if timesteps.numel() == 0 or bool((timesteps.diff() <= 0).any()):
-        raise ValueError("timesteps: must be strictly increasing and not empty")
-    log_alphas_cumprod = schedule.log_alphas_cumprod[timesteps.to(schedule.betas.device)]
-    betas = -torch.expm1(log_alphas_cumprod - _shift(log_alphas_cumprod, 0.0))
-    # a step over ᾱ ratios below 1e-16 rounds to β = 1, which is no schedule; the next number below is one
-    return Schedule(betas.clamp(max=1.0 - 2.0**-53))
+    """`Schedule.at`: the schedule of the shorter chain through the given timesteps."""
+    return schedule.at(timesteps)
 
 
 def _linear_betas(config: ScheduleConfig) -> Tensor:
@@ -209,14 +148,3 @@ def _cosine_betas(config: ScheduleConfig) -> Tensor:
     # 1 − cos²b/cos²a = sin(b − a)·sin(b + a)/cos²a, without the cancellation.
     betas = torch.sin(after - before) * torch.sin(after + before) / torch.cos(before).square()
     return betas.clamp(max=config.beta_max)
-
-
-def _shift(table: Tensor, first: float) -> Tensor:
-    return torch.cat((table.new_full((1,), first), table[:-1]))
-
-
-def _log_excess(a: float) -> float:
-    """−ln(1 − a) − a, without the cancellation at small a."""
-    if a < 1e-2:
-        return sum(a**k / k for k in range(2, 11))
-    return -math.log1p(-a) - a

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core.bound import BoundAccumulator, BoundEstimate
+from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints, step_name
@@ -246,10 +247,10 @@ def held_out_bound(
     """The bound of a network on held-out images, bits/dim; the workers share the images and the result."""
     total = dataset.count("test")
     total = total if num_images is None else min(total, num_images)
+    schedule = Schedule.from_config(config.schedule).to(world.device)
     accumulator = BoundAccumulator(
-        Schedule.from_config(config.schedule).to(world.device),
+        ReverseProcess(schedule, variance_type=config.bound.variance_type),
         levels=dataset.levels,
-        variance_type=config.bound.variance_type,
         num_strata=config.bound.num_strata,
         seed=config.seed,
     )

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from ddpm_core import (
     BoundAccumulator,
+    ReverseProcess,
     Schedule,
     ScheduleConfig,
     discretized_gaussian_log_likelihood,
@@ -116,7 +117,7 @@ def test_random_numbers_ignore_the_batch(seed, purpose, keys, draw, size, random
 def test_the_bound_ignores_the_division_of_images(schedule, num_strata, num_workers, random) -> None:
     def accumulator() -> BoundAccumulator:
         return BoundAccumulator(
-            schedule, levels=5, variance_type="fixed_large", num_strata=num_strata, seed=1
+            ReverseProcess(schedule, variance_type="fixed_large"), levels=5, num_strata=num_strata, seed=1
         )
 
     images = torch.linspace(-1, 1, 5, dtype=torch.float64)[torch.arange(9 * 4) % 5].reshape(9, 1, 2, 2)

@@ -10,6 +10,7 @@ from ddpm_core import (
     BoundAccumulator,
     BoundEstimate,
     EpsTheta,
+    ReverseProcess,
     Schedule,
     ScheduleConfig,
     VarianceType,
@@ -99,13 +100,11 @@ def test_consistency_terms_in_closed_form(schedule: Schedule, variance_type: Var
     x_start, noise, t = symmetric_grid_at_every_t(DATA, schedule)
     terms = bound_term(
         DATA.eps_theta(schedule),
-        schedule,
+        ReverseProcess(schedule, variance_type=variance_type, clip=False),
         x_start,
         t,
         noise,
         levels=17,
-        variance_type=variance_type,
-        clip=False,
     )
     got = terms.reshape(1000, 4).mean(1)
     expected = DATA.consistency_terms(schedule, variance_type)
@@ -119,17 +118,15 @@ def test_the_bound_is_the_entropy_plus_the_divergence_of_the_chains(variance_typ
     eps_star = DATA.eps_theta(SHORT)
     x_start, noise = symmetric_grid(DATA)
     levels = 2**16 + 1  # bins so narrow that a mass is the density times the bin's width
-    sigma_squared = SHORT.model_log_variance(variance_type).exp()
+    sigma_squared = ReverseProcess(SHORT, variance_type=variance_type).log_variance_table().exp()
     terms = [
         bound_term(
             eps_star,
-            SHORT,
+            ReverseProcess(SHORT, variance_type=variance_type, clip=False),
             x_start,
             full(t, x_start),
             noise,
             levels=levels,
-            variance_type=variance_type,
-            clip=False,
         ).mean()
         for t in range(num)
     ]
@@ -167,13 +164,11 @@ def test_a_term_at_zero_is_the_decoder() -> None:
     noise = torch.randn(2, 1, 1, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = bound_term(
         lambda x, t: 0.9 * x,
-        SHORT,
+        ReverseProcess(SHORT, variance_type="fixed_small", clip=False),
         x_start,
         full(0, x_start),
         noise,
         levels=17,
-        variance_type="fixed_small",
-        clip=False,
     )
     a = SHORT.alphas[0]
     x_1 = a.sqrt() * x_start + (1 - a).sqrt() * noise
@@ -190,7 +185,12 @@ def test_terms_of_a_mixed_batch_are_those_of_each_sample() -> None:
 
     def terms(rows: slice) -> Tensor:
         return bound_term(
-            _some_network, SHORT, x_start[rows], t[rows], noise[rows], levels=17, variance_type="fixed_large"
+            _some_network,
+            ReverseProcess(SHORT, variance_type="fixed_large"),
+            x_start[rows],
+            t[rows],
+            noise[rows],
+            levels=17,
         )
 
     together = terms(slice(None))
@@ -206,13 +206,11 @@ def test_clip_limits_pred_x_start() -> None:
     t = full(10, x_start)
     got = bound_term(
         lambda x, t: torch.full_like(x, -1e3),
-        SHORT,
+        ReverseProcess(SHORT, variance_type="fixed_small", clip=True),
         x_start,
         t,
         noise,
         levels=17,
-        variance_type="fixed_small",
-        clip=True,
     )
     a, b = SHORT.alphas_cumprod[10], SHORT.alphas_cumprod[9]
     snr_difference = b / (1 - b) - a / (1 - a)
@@ -225,13 +223,11 @@ def test_bound_term_is_differentiable() -> None:
     x_start = torch.full((2, 1, 2, 2), 1.0)
     bound_term(
         lambda x, t: scale * x,
-        SHORT,
+        ReverseProcess(SHORT, variance_type="fixed_small", clip=False),
         x_start,
         torch.tensor([0, 7]),
         torch.ones_like(x_start),
         levels=17,
-        variance_type="fixed_small",
-        clip=False,
     ).sum().backward()
     assert scale.grad is not None
     assert bool(scale.grad.isfinite())
@@ -265,12 +261,10 @@ def _images(count: int) -> Tensor:
 def _accumulate(
     splits: list[Tensor], *, num_strata: int, seed: int = 0, network: EpsTheta = _some_network
 ) -> BoundEstimate:
-    total = BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=num_strata, seed=seed)
+    total = BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=num_strata, seed=seed)
     states = []
     for index in splits:
-        part = BoundAccumulator(
-            SHORT, levels=17, variance_type="fixed_small", num_strata=num_strata, seed=seed
-        )
+        part = BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=num_strata, seed=seed)
         part.add(network, _images(1000)[index % 1000], index)
         states.append(part.state())
     total.load_state(torch.stack(states).sum(0))
@@ -311,7 +305,7 @@ def test_the_estimate_is_unbiased() -> None:
 def test_the_estimate_for_gaussian_data_in_closed_form() -> None:
     """x_0 = ±s has the data's second moment, so that consistency and prior are those of Gaussian data."""
     estimate_of = BoundAccumulator(
-        SHORT, levels=5, variance_type="fixed_large", num_strata=6, seed=0, clip=False
+        ReverseProcess(SHORT, variance_type="fixed_large", clip=False), levels=5, num_strata=6, seed=0
     )
     index = torch.arange(4000)
     sign = (index % 2 * 2 - 1).double().reshape(-1, 1, 1, 1)
@@ -330,7 +324,7 @@ def test_every_evaluation_of_an_image_has_noise_of_its_own() -> None:
         noises.append(x_t / SHORT.gather(SHORT.sqrt_one_minus_alphas_cumprod, t, x_t))
         return x_t
 
-    accumulator = BoundAccumulator(SHORT, levels=3, variance_type="fixed_small", num_strata=3, seed=0)
+    accumulator = BoundAccumulator(ReverseProcess(SHORT), levels=3, num_strata=3, seed=0)
     accumulator.add(network, torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.arange(2))
     values = torch.stack(noises).flatten()
     assert len(noises) == 4
@@ -358,7 +352,7 @@ def test_per_t_is_nan_where_nothing_was_drawn() -> None:
 
 def test_a_schedule_of_one_step_has_two_terms() -> None:
     one = Schedule.from_config(ScheduleConfig(num_timesteps=1, beta_start=0.5, beta_end=0.5))
-    accumulator = BoundAccumulator(one, levels=17, variance_type="fixed_small", num_strata=8, seed=0)
+    accumulator = BoundAccumulator(ReverseProcess(one), levels=17, num_strata=8, seed=0)
     accumulator.add(_some_network, _images(3), torch.arange(3))
     estimate = accumulator.result()
     assert estimate.consistency == 0.0
@@ -367,7 +361,7 @@ def test_a_schedule_of_one_step_has_two_terms() -> None:
 
 def test_adding_keeps_no_graph() -> None:
     weight = torch.tensor(0.5, requires_grad=True, dtype=torch.float64)
-    accumulator = BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=2, seed=0)
+    accumulator = BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=2, seed=0)
     accumulator.add(lambda x, t: weight * x, _images(2), torch.arange(2))
     assert not accumulator.state().requires_grad
 
@@ -377,7 +371,7 @@ def test_sigma_of_zero_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^log_scale: .*sigma of 0"):
         discretized_gaussian_log_likelihood(x, x, torch.log(x), 17)
     with pytest.raises(ValueError, match=r"^variance_type: .*'zero'"):
-        BoundAccumulator(SHORT, levels=17, variance_type="zero", num_strata=2, seed=0)  # type: ignore[arg-type]
+        ReverseProcess(SHORT, variance_type="zero")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -385,11 +379,11 @@ def test_sigma_of_zero_is_refused_by_name() -> None:
     [
         (
             "levels",
-            lambda: BoundAccumulator(SHORT, levels=1, variance_type="fixed_small", num_strata=2, seed=0),
+            lambda: BoundAccumulator(ReverseProcess(SHORT), levels=1, num_strata=2, seed=0),
         ),
         (
             "num_strata",
-            lambda: BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=0, seed=0),
+            lambda: BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=0, seed=0),
         ),
         ("num_strata", lambda: stratify(SHORT, 20)),
         ("index", lambda: _accumulator().add(_some_network, _images(2), torch.tensor([0.0, 1.0]))),
@@ -406,4 +400,4 @@ def test_errors_name_the_argument(name: str, call) -> None:
 
 
 def _accumulator() -> BoundAccumulator:
-    return BoundAccumulator(SHORT, levels=17, variance_type="fixed_small", num_strata=2, seed=0)
+    return BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=2, seed=0)

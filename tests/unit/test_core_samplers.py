@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import (
+    ReverseProcess,
     SamplerConfig,
     Schedule,
     ScheduleConfig,
@@ -42,14 +43,18 @@ def _some_network(x_t: Tensor, t: Tensor) -> Tensor:
     return torch.sin(3 * x_t) + 0.3 * x_t + 0.001 * t.to(x_t.dtype).reshape(-1, 1, 1, 1)
 
 
+def _reverse(schedule: Schedule, config: SamplerConfig) -> ReverseProcess:
+    return ReverseProcess(schedule, variance_type=config.variance_type, clip=config.clip)
+
+
 def _slope_and_spread(schedule: Schedule, config: SamplerConfig) -> tuple[Tensor, Tensor]:
     """x_{t−1} = slope·x_t + spread·z at every t for the best network, read from denoise_step itself."""
     num = schedule.num_timesteps
     one = torch.ones(num, 1, 1, 1, dtype=torch.float64)
     t = torch.arange(num)
     eps_star = DATA.eps_theta(schedule)
-    slope, _ = denoise_step(schedule, config, one, t, eps_star(one, t), None)
-    spread, _ = denoise_step(schedule, config, 0 * one, t, 0 * one, one)
+    slope, _ = denoise_step(_reverse(schedule, config), config, one, t, eps_star(one, t), None)
+    spread, _ = denoise_step(_reverse(schedule, config), config, 0 * one, t, 0 * one, one)
     return slope.flatten(), spread.flatten()
 
 
@@ -85,7 +90,7 @@ def test_a_ddim_step_is_equation_12(eta: float) -> None:
     sigma = eta * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
     x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
     expected = b.sqrt() * x_0 + (1 - b - sigma**2).sqrt() * eps + sigma * z
-    got, pred_x_start = denoise_step(LINEAR, config, x_t, t, eps, z)
+    got, pred_x_start = denoise_step(_reverse(LINEAR, config), config, x_t, t, eps, z)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(pred_x_start, x_0, rtol=1e-9, atol=1e-9)
 
@@ -198,7 +203,7 @@ def test_an_ancestral_mean_is_the_posterior_mean_at_the_clipped_pred_x_start() -
     x_t, eps = (2 * torch.randn(3, *SHAPE, generator=generator) for _ in range(2))
     t = torch.tensor([0, 30, 999])
     config = SamplerConfig(kind="ancestral")
-    got, pred_x_start = denoise_step(LINEAR, config, x_t, t, eps, None)
+    got, pred_x_start = denoise_step(_reverse(LINEAR, config), config, x_t, t, eps, None)
     clipped = predict_x_start(LINEAR, x_t, t, eps).clamp(-1, 1)
     assert torch.equal(pred_x_start, clipped)
     assert torch.equal(got, q_posterior(LINEAR, clipped, x_t, t)[0])
@@ -319,7 +324,7 @@ def test_no_noise_where_there_is_none() -> None:
         ("eta", -0.1),
         ("eta", 1.5),
         ("eta", float("nan")),
-        ("variance_type", "analytic"),
+        ("variance_type", "zero"),
     ],
 )
 def test_config_errors_name_the_field(field: str, value: object) -> None:
@@ -339,7 +344,7 @@ def test_config_in_pydantic_refuses_unknown_keys() -> None:
     [
         ("index", torch.tensor([1.0]), _some_network),
         ("index", torch.tensor(1), _some_network),
-        ("eps_pred", torch.tensor([1]), lambda x, t: x[:, :, :1]),
+        ("eps_theta.s output", torch.tensor([1]), lambda x, t: x[:, :, :1]),
     ],
 )
 def test_errors_name_the_argument(name: str, index: Tensor, network) -> None:

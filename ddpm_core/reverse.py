@@ -1,0 +1,137 @@
+"""The reverse process p_θ(x_{t−1}|x_t): what a network's output says of it.
+
+A network alone is a function of (x_t, t). Which of ε, x_0 and v it predicts, and where the variance comes from,
+stands here once, for the bound and for the samplers.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_core._checks import check_same_shape, require
+from ddpm_core.predictions import (
+    PredictionType,
+    predict_eps,
+    predict_x_start,
+    prediction_target,
+    x_start_tables,
+)
+from ddpm_core.process import LinearGaussianProcess, q_posterior
+from ddpm_core.types import VarianceType
+
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range", "analytic")
+
+
+class Prediction(NamedTuple):
+    """What a network's output says of one x_t: x̂_0 (clipped if asked) and the ε that fits it, each like x_t."""
+
+    x_start: Tensor
+    eps: Tensor
+
+
+@dataclass(frozen=True)
+class ReverseProcess:
+    """p_θ(x_{t−1}|x_t) = N(μ̃_t(x_t, x̂_0), σ_t²·I) of a process and of the meaning of its network's output.
+
+    variance_type: σ² = β̃_t for "fixed_small", β_t (the variance of q's own step) for "fixed_large";
+    "learned_range" has ln σ² = f·ln β_t + (1 − f)·ln β̃_t with f = (v + 1)/2 (Nichol & Dhariwal 2021, Eq. 15), v
+    being the second half of the output's channels; "analytic" has σ² = β̃ + c1²·m(t), which is the best there is for
+    the network (Bao et al. 2022, arXiv:2201.06503), m its mean squared error of x_0 a dimension, x_start_mse
+    float64 `[T]`. At t == 0, where β̃ = 0, β̃ and fixed_large take index 1's β̃.
+    clip: limit x̂_0 to [−1, 1].
+    Raises ValueError naming the field that is wrong.
+    """
+
+    process: LinearGaussianProcess
+    prediction_type: PredictionType = "eps"
+    variance_type: VarianceType = "fixed_small"
+    clip: bool = True
+    x_start_mse: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        x_start_tables(self.process, self.prediction_type)
+        check_variance_type(self.variance_type)
+        if self.variance_type == "analytic":
+            mse = self.x_start_mse
+            if mse is None:
+                raise ValueError("x_start_mse: must be given for the variance type 'analytic'")
+            check_same_shape("x_start_mse", mse, "the process's tables", self.process.log_a)
+            require(bool((mse > 0).all()), "x_start_mse", "positive at every t", mse.min().item())
+
+    def to(self, device: torch.device | str) -> "ReverseProcess":
+        """The same with its process's tables on device."""
+        process = self.process.to(device)
+        return self if process is self.process else replace(self, process=process)
+
+    def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output's prediction, and its v if the variance is learned. Raises ValueError for another shape."""
+        if self.variance_type != "learned_range":
+            check_same_shape("eps_theta's output", output, "x_t", x_t)
+            return output, None
+        if output.dim() != x_t.dim() or output.shape[1] != 2 * x_t.shape[1]:
+            raise ValueError(
+                f"eps_theta's output: must have twice the channels of x_t {list(x_t.shape)} for the variance type "
+                f"'learned_range', got {list(output.shape)}"
+            )
+        prediction, v = output.chunk(2, dim=1)
+        check_same_shape("eps_theta's output", prediction, "x_t", x_t)
+        return prediction, v
+
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """x̂_0 and ε̂ of the network's output at x_t `[B, C, H, W]`, t int64 `[B]`."""
+        prediction, _ = self.split(output, x_t)
+        x_start = predict_x_start(self.process, x_t, t, prediction, self.prediction_type)
+        if self.clip:
+            x_start = x_start.clamp(-1.0, 1.0)
+        elif self.prediction_type == "eps":
+            return Prediction(x_start, prediction)
+        return Prediction(x_start, predict_eps(self.process, x_t, t, x_start))
+
+    def transition(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean `[B, C, H, W]` and ln σ² (`[B, 1, 1, 1]`, or like x_t if learned) of p_θ(x_{t−1}|x_t)."""
+        mean, _, _ = q_posterior(self.process, self.predict(output, x_t, t).x_start, x_t, t)
+        return mean, self.log_variance(output, x_t, t)
+
+    def log_variance_table(self) -> Tensor:
+        """ln σ_t², float64 `[T]`. Raises ValueError for "learned_range", which has no table."""
+        process = self.process
+        if self.variance_type == "fixed_small":
+            return process.posterior_log_variance_clipped
+        if self.variance_type == "fixed_large":
+            return torch.cat((process.posterior_log_variance_clipped[:1], process.step_variance[1:].log()))
+        if self.variance_type == "analytic":
+            assert self.x_start_mse is not None
+            error = self.x_start_mse.to(process.log_a)
+            return (process.posterior_variance + process.posterior_mean_coef1.square() * error).log()
+        raise ValueError("variance_type: must have a table, got 'learned_range', which depends on x_t")
+
+    def log_variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """ln σ² of p_θ(x_{t−1}|x_t): `[B, 1, 1, 1]`, or like x_t if learned; float64 if x_t is, else float32."""
+        _, v = self.split(output, x_t)
+        like = x_t if x_t.dtype == torch.float64 else x_t.float()
+        if v is None:
+            return self.process.gather(self.log_variance_table(), t, like)
+        low = self.process.gather(self.process.posterior_log_variance_clipped, t, like)
+        high = self.process.gather(self.process.step_variance.log(), t, like)
+        return low + 0.5 * (v.to(like.dtype) + 1.0) * (high - low)
+
+    def x_start_error(self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x̂_0 − x_0 for the output at x_t = a·x_0 + b·ε; float64 if x_start is, float32 otherwise.
+
+        From the error of the output, not from two images: their difference would cancel near t = 0.
+        """
+        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
+        prediction, _ = self.split(output, x_start)
+        x_start, noise = x_start.to(dtype), noise.to(dtype)
+        target = prediction_target(self.process, self.prediction_type, x_start, t, noise)
+        _, on_output = x_start_tables(self.process, self.prediction_type)
+        error = self.process.gather(on_output, t, x_start) * (prediction.to(dtype) - target)
+        return (x_start + error).clamp(-1.0, 1.0) - x_start if self.clip else error
+
+
+def check_variance_type(variance_type: str) -> None:
+    """Raises ValueError unless variance_type is one that this version knows."""
+    names = ", ".join(repr(name) for name in VARIANCE_TYPES[:-1]) + f" or {VARIANCE_TYPES[-1]!r}"
+    require(variance_type in VARIANCE_TYPES, "variance_type", names, variance_type)
