@@ -7,7 +7,6 @@ done; `samples.json` is the record of the whole and comes last.
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,15 +21,27 @@ from torch import Tensor, nn
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from ddpm_core.unet import UNet
-from pipelines.checkpoints import Checkpoint, ObjectRecord, put_recorded, read_checked, read_record
+from pipelines.checkpoints import Checkpoint, open_checkpoint
 from pipelines.config import Config, SampleConfig, digest, validated
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png, to_uint8
+from pipelines.records import (
+    ObjectRecord,
+    RecordError,
+    commit_first,
+    put_recorded,
+    read_checked,
+    read_record,
+)
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import ObjectMissing, Storage, open_storage
 
 FORMAT_VERSION = 1
 RECORD = "samples.json"
+
+
+class SampleSetError(RecordError):
+    """A sample set's record or object is missing, damaged, or of a format that this version does not read."""
 
 
 class UnitCommit(BaseModel):
@@ -199,32 +210,24 @@ class SampleSet:
         packed = pack(
             Sample(f"{number:09d}", encode_png(image)) for number, image in zip(numbers, images, strict=True)
         )
-        attempt = uuid.uuid4().hex[:12]
-        records: list[ObjectRecord] = []
-        try:
-            for suffix, data in (("tar", packed.tar), ("index.parquet", packed.index)):
-                records.append(put_recorded(self.storage, f"shard-{unit:06d}-{attempt}.{suffix}", data))
-        except BaseException:
-            with contextlib.suppress(UserError):
-                self.storage.delete(record.key for record in records)
-            raise
+        stem = f"shard-{unit:06d}-{uuid.uuid4().hex[:12]}"
+        parts = ((f"{stem}.tar", packed.tar), (f"{stem}.index.parquet", packed.index))
+        shard, index = put_recorded(self.storage, parts)
         commit = UnitCommit(
             format_version=FORMAT_VERSION,
             unit=unit,
             start=numbers.start,
             stop=numbers.stop,
-            shard=records[0],
-            index=records[1],
+            shard=shard,
+            index=index,
         )
-        # from here on an error does not say that there is no commit, so the objects stay
-        if self.storage.put_if_absent(_unit_key(unit), commit.model_dump_json().encode()):
-            return commit
-        with contextlib.suppress(UserError):
-            self.storage.delete(record.key for record in records)
-        return self.unit(unit)
+        standing = commit_first(
+            self.storage, _unit_key(unit), commit, (shard, index), lambda: self.unit(unit)
+        )
+        return standing or commit
 
     def unit(self, unit: int) -> UnitCommit:
-        return read_record(self.storage, _unit_key(unit), UnitCommit, FORMAT_VERSION)
+        return read_record(self.storage, _unit_key(unit), UnitCommit, FORMAT_VERSION, SampleSetError)
 
     def finish(self, recipe: Recipe) -> SetRecord:
         """Write the record of the whole, once every unit is committed."""
@@ -246,7 +249,7 @@ class SampleSet:
     def record(self) -> SetRecord:
         """Raises `UserError` where the set is not finished."""
         try:
-            return read_record(self.storage, RECORD, SetRecord, FORMAT_VERSION)
+            return read_record(self.storage, RECORD, SetRecord, FORMAT_VERSION, SampleSetError)
         except ObjectMissing:
             raise UserError(f"{self.uri}: no finished sample set here; make it with `ddpm sample`") from None
 
@@ -254,8 +257,8 @@ class SampleSet:
         """(number, uint8 [C, H, W]) of the set's images by rising number, every shard checked by SHA-256."""
         record = self.record()
         for unit in record.units:
-            index = parse_index(read_checked(self.storage, unit.index))
-            tar = read_checked(self.storage, unit.shard)
+            index = parse_index(read_checked(self.storage, unit.index, SampleSetError))
+            tar = read_checked(self.storage, unit.shard, SampleSetError)
             for row, number in enumerate(range(unit.start, unit.stop)):
                 if limit is not None and number >= limit:
                     return
@@ -276,8 +279,6 @@ class UnitMaker:
     """Makes units of one set: what a sampling worker is, in this process or as a Ray actor."""
 
     def __init__(self, recipe: Recipe, set_uri: str, device: str) -> None:
-        from pipelines.checkpoints import open_checkpoint
-
         self._recipe = recipe
         self._set = SampleSet(open_storage(set_uri))
         self._device = torch.device(device)

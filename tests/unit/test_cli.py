@@ -483,6 +483,8 @@ def test_an_error_crosses_processes_unchanged() -> None:
     from jobs.submit import JobFailed
     from pipelines.checkpoints import CheckpointError
     from pipelines.dataset import DataError
+    from pipelines.records import RecordError
+    from pipelines.sampling import SampleSetError
     from pipelines.storage import ObjectMissing, StorageError
     from pipelines.training import TrainingError
 
@@ -491,6 +493,8 @@ def test_an_error_crosses_processes_unchanged() -> None:
         CheckpointError,
         DataError,
         ObjectMissing,
+        RecordError,
+        SampleSetError,
         StorageError,
         TrainingError,
     ]
