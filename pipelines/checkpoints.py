@@ -12,8 +12,9 @@ import logging
 import math
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 COMMIT = "commit.json"
 _STEP = re.compile(r"^step-(\d{9,})/commit\.json$")
+
+Read = TypeVar("Read")
 
 
 class CheckpointError(RecordError):
@@ -111,6 +114,12 @@ class Checkpoint:
     def read_all(self) -> State:
         return State(self.step, {group: self.read(group) for group in self.commit.objects})
 
+    def check(self) -> Checkpoint:
+        """Itself, every object of it checked by size and SHA-256, one at a time; raises `CheckpointError`."""
+        for record in self.commit.objects.values():
+            read_checked(self._storage, record, CheckpointError)
+        return self
+
 
 class Checkpoints:
     """The checkpoints of one run."""
@@ -147,9 +156,16 @@ class Checkpoints:
 
     def newest(self) -> State | None:
         """The newest state that can be read whole, or None; a damaged one is passed over with a warning."""
+        return self._newest(Checkpoint.read_all)
+
+    def newest_whole(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None, likewise; holds no more than one object in memory."""
+        return self._newest(Checkpoint.check)
+
+    def _newest(self, read: Callable[[Checkpoint], Read]) -> Read | None:
         for step in reversed(self.steps()):
             try:
-                return self.open(step).read_all()
+                return read(self.open(step))
             except CheckpointError as error:
                 log.warning("passed over a damaged checkpoint: %s", error)
         return None

@@ -19,6 +19,7 @@ import pytest
 
 from infra.local import Stack, StackError
 from jobs import cli, common
+from pipelines.checkpoints import Checkpoints
 from pipelines.errors import UserError, one_line
 from pipelines.storage import open_storage
 from tests.support.data import dataset_of
@@ -269,6 +270,49 @@ def test_train_sample_and_again_in_this_process(ddpm: Outcome, tiny: list[str], 
     assert "checkpoint '7'" in mistake(ddpm("sample", *tiny, "--local", "--set", "sample.checkpoint=7"))
     # nothing but the run and the two sets
     assert len(list((tmp_path / "results").glob("*/*"))) == 3
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("what", "damage"),
+    [
+        *((what, damage) for what in ("weights", "optimizer") for damage in (cut, flip, Path.unlink)),
+        ("commit", cut),
+    ],
+)
+def test_a_trained_run_whose_last_checkpoint_is_damaged_trains_its_steps_again(
+    ddpm: Outcome, tiny: list[str], what: str, damage: Callable[[Path], None]
+) -> None:
+    steps = (*STEPS, "--set", "train.checkpoint_every=1")
+    code, out, _ = ddpm("train", *tiny, *steps, "--local")
+    assert code == 0
+    place = Path(out.strip().rpartition("file://")[2])
+    expected = Checkpoints(open_storage(str(place.parent.parent))).open(2).identity
+    [file] = place.glob(f"{what}*")
+    damage(file)
+    code, out, err = ddpm("train", *tiny, *steps, "--local")
+    assert code == 0, err
+    assert "already" not in out
+    assert "step 1 → 2" in out
+    assert "trained 2 steps" in out
+    if file.exists() or what != "commit":
+        # without its commit record it is no checkpoint, and nothing is damaged
+        assert re.search(
+            rf"passed over a damaged checkpoint: \S+step-000000002/{re.escape(file.name)}: ", err
+        )
+    assert Checkpoints(open_storage(str(place.parent.parent))).open(2).check().identity == expected
+    code, out, err = ddpm("train", *tiny, *steps, "--local")
+    assert (code, err) == (0, "")
+    assert "trained 2 steps already" in out
 
 
 def test_without_a_cluster_it_says_how_to_get_one(ddpm: Outcome, tiny: list[str]) -> None:
