@@ -21,6 +21,7 @@ from infra.local import Stack, StackError
 from jobs import cli, common
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import UserError, one_line
+from pipelines.sampling import SampleSet
 from pipelines.storage import open_storage
 from tests.support.data import dataset_of
 from tests.support.runs import TINY
@@ -313,6 +314,27 @@ def test_a_trained_run_whose_last_checkpoint_is_damaged_trains_its_steps_again(
     code, out, err = ddpm("train", *tiny, *steps, "--local")
     assert (code, err) == (0, "")
     assert "trained 2 steps already" in out
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_sampling_again_makes_a_damaged_unit_again_and_says_so(
+    ddpm: Outcome, tiny: list[str], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    assert ddpm("train", *tiny, *STEPS, "--local")[0] == 0
+    code, out, _ = ddpm("sample", *tiny, "--local")
+    assert code == 0
+    place = Path(out.strip().rpartition("file://")[2])
+    before = {number: image.tobytes() for number, image in SampleSet(open_storage(str(place))).images()}
+    [file] = place.glob("shard-000001*.tar")
+    damage(file)
+    code, out, _ = ddpm("sample", *tiny, "--local")
+    assert code == 0
+    assert out.startswith("damaged, and made again: ")
+    assert out.count(str(file)) == 1
+    assert "10 images in 3 shards" in out
+    after = {number: image.tobytes() for number, image in SampleSet(open_storage(str(place))).images()}
+    assert after == before
+    assert "all 10 images are there already" in ddpm("sample", *tiny, "--local", "--check")[1]
 
 
 def test_without_a_cluster_it_says_how_to_get_one(ddpm: Outcome, tiny: list[str]) -> None:
