@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import pickle
@@ -19,6 +20,7 @@ import pytest
 
 from infra.local import Stack, StackError
 from jobs import cli, common
+from pipelines import evaluate, features
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import UserError, one_line
 from pipelines.sampling import SampleSet
@@ -335,6 +337,37 @@ def test_sampling_again_makes_a_damaged_unit_again_and_says_so(
     after = {number: image.tobytes() for number, image in SampleSet(open_storage(str(place))).images()}
     assert after == before
     assert "all 10 images are there already" in ddpm("sample", *tiny, "--local", "--check")[1]
+
+
+def test_evaluating_again_finds_the_work_done(
+    ddpm: Outcome, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = functools.partial(features.train_classifier, num_steps=5)
+    monkeypatch.setattr(evaluate, "train_classifier", trained)
+    assert ddpm("train", *tiny, *STEPS, "--local")[0] == 0
+    assert ddpm("sample", *tiny, "--local")[0] == 0
+    code, first, err = ddpm("evaluate", *tiny)
+    assert code == 0, err
+    assert "done already" not in first
+
+    class Again(Exception):
+        pass
+
+    def again(*arguments: Any) -> None:
+        raise Again
+
+    monkeypatch.setattr(evaluate, "evaluate", again)
+    monkeypatch.setattr(evaluate, "draw", again)
+    out = tmp_path / "report"
+    code, second, err = ddpm("evaluate", *tiny, "--out", str(out))
+    assert (code, err) == (0, "")
+    assert re.match(r"evaluation tiny-\w{10}: done already\n", second)
+    # the same table, and all the files, though they were not asked for the first time
+    assert second.splitlines()[1:-1] == first.splitlines()[:-1]
+    names = {"report.json", "schedule.png", "loss.png", "bound.png", "samples.png", "trajectory.png"}
+    assert {file.name for file in out.iterdir()} == {*names, "distances.png"}
+    with pytest.raises(Again):
+        ddpm("evaluate", *tiny, "--set", "bound.num_strata=5")
 
 
 def test_without_a_cluster_it_says_how_to_get_one(ddpm: Outcome, tiny: list[str]) -> None:
