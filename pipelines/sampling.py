@@ -108,16 +108,19 @@ class Recipe:
 def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     """The recipe of the samples of a checkpoint; the model's part comes from the checkpoint.
 
-    Raises `UserError` naming the first field in which the configuration describes another model.
+    Raises `UserError` naming each field in which the configuration describes another model.
     """
     trained = checkpoint_config(checkpoint)
+    mistakes = []
     for section in ("schedule", "model"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
-        for key, value in ours.items():
-            if value != theirs[key]:
-                raise UserError(
-                    f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
-                )
+        mistakes += [
+            f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
+            for key, value in ours.items()
+            if value != theirs[key]
+        ]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     steps = config.sampler.num_steps
     if steps is not None and steps > trained.schedule.num_timesteps:
         raise UserError(

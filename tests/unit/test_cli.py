@@ -222,6 +222,16 @@ def test_a_mistake_is_one_line(arguments: Sequence[str], message: str, ddpm: Out
     assert message in found if " " not in message else found == message
 
 
+def test_two_mistakes_are_two_lines(ddpm: Outcome) -> None:
+    wrong = ("--set", "sample.count=0", "--set", "trian.steps=1")
+    code, out, err = ddpm("sample", "--config", "digits.yaml", *wrong)
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "ddpm sample: digits.yaml: sample.count: input should be greater than or equal to 1, got 0",
+        "ddpm sample: digits.yaml: trian: no such setting; did you mean 'train'?",
+    ]
+
+
 @pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
 def test_without_data_it_says_how_to_make_some(command: str, ddpm: Outcome, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)

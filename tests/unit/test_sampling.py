@@ -263,6 +263,15 @@ def test_a_configuration_of_another_model_is_refused(
     assert str(caught.value) == message.format(checkpoint.uri)
 
 
+def test_each_field_of_another_model_is_named(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe_of(tiny_config("schedule.num_timesteps=60", "model.base_channels=12"), checkpoint, 256)
+    assert str(caught.value).splitlines() == [
+        f"schedule.num_timesteps: 60, but the checkpoint {checkpoint.uri} was trained with 50",
+        f"model.base_channels: 12, but the checkpoint {checkpoint.uri} was trained with 8",
+    ]
+
+
 def test_a_checkpoint_whose_configuration_is_of_another_version(checkpoint: Checkpoint) -> None:
     changed = {**checkpoint.commit.config, "surprise": 1}
     other = Checkpoint(checkpoint._storage, checkpoint.commit.model_copy(update={"config": changed}))
