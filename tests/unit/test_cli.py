@@ -562,10 +562,31 @@ def test_what_the_user_says_wins_as_a_group(own: str, group: str | tuple[str, ..
     assert all(os.environ[name] == value for name, value in others.items() if name != own)
 
 
-def test_a_given_address_is_not_asked_with_the_stacks_token(stack: Stack) -> None:
-    common.use_local_stack("elsewhere:6379")
+@pytest.mark.parametrize(
+    "address",
+    ["elsewhere:6379", "http://127.0.0.1:5", "127.0.0.1:40", "nonsense", "http://[::1", "elsewhere:4", "x:3"],
+)
+def test_a_given_address_is_not_asked_with_the_stacks_token(address: str, stack: Stack) -> None:
+    common.use_local_stack(address)
     assert not [name for name in os.environ if name.startswith(("RAY_ADDRESS", "RAY_AUTH", "RAY_API"))]
     assert os.environ["AWS_ENDPOINT_URL"] == stack.s3_endpoint
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:4",
+        "127.0.0.1:4",
+        "http://127.0.0.1:4/",
+        "localhost:4",
+        "HTTP://LocalHost:4",
+        "127.0.0.1:3",
+    ],
+)
+def test_the_stacks_own_address_is_known_however_it_is_spelt(address: str, stack: Stack) -> None:
+    common.use_local_stack(address)
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(stack.token_path)
+    assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
 def test_a_state_folder_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
