@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         options = command_parser(command).parse_args(rest)
         return int(module_of(command).run(options) or 0)
     except UserError as error:
-        print(f"ddpm {arguments.command}: {error}", file=sys.stderr)
+        for mistake in str(error).splitlines():
+            print(f"ddpm {arguments.command}: {mistake}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"ddpm {arguments.command}: interrupted; the same command goes on from here", file=sys.stderr)

@@ -49,6 +49,22 @@ def connectable(address: str | None = None) -> Cluster:
     return cluster
 
 
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Host and port of http://HOST:PORT or HOST:PORT, however it is spelt; None where it is neither."""
+    try:
+        parts = urllib.parse.urlsplit(_with_scheme(address))
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if not host or not port:
+        return None
+    return "127.0.0.1" if host == "localhost" else host, port
+
+
+def _with_scheme(address: str) -> str:
+    return address if "://" in address else f"http://{address}"
+
+
 def _url(address: str | None) -> str:
     address = address or os.environ.get("DDPM_DASHBOARD") or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
@@ -56,7 +72,7 @@ def _url(address: str | None) -> str:
             "no cluster to submit to: start the local stack with `ddpm up`, or name a cluster's dashboard with "
             "--address http://HOST:8265"
         )
-    url = address if "://" in address else f"http://{address}"
+    url = _with_scheme(address)
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

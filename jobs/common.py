@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.local import StackError, find
+from jobs.cluster_address import host_and_port
 from pipelines.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def use_local_stack(address: str | None = None) -> None:
     except StackError as error:
         raise UserError(str(error)) from None
     if stack is not None:
-        elsewhere = address not in (None, stack.ray_address, stack.dashboard_url)
+        own = {host_and_port(stack.ray_address), host_and_port(stack.dashboard_url)}
+        elsewhere = address is not None and host_and_port(address) not in own
         stack.complement(skip=("ray",) if elsewhere else ())
 
 

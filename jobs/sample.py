@@ -17,7 +17,8 @@ DESCRIPTION = """\
 Make sample.count images with a checkpoint, as WebDataset shards with a Parquet index.
 
 Image i depends on the checkpoint, the sampler, sample.seed and i alone, not on the worker or its neighbours.
-The set goes to STORAGE/samples/NAME-ID/; the same command goes on with what is missing there.
+The set goes to STORAGE/samples/NAME-ID/; the same command goes on with what is missing there, and makes again
+what is damaged.  Of a set over 64 MiB it compares the sizes; --check reads all of it.
 """
 
 EPILOG = """\
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     common.add_config_arguments(parser)
     common.add_place_arguments(parser)
+    parser.add_argument(
+        "--check", action="store_true", help="compare all that is there with its SHA-256, however large it is"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,9 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelines.sampling import pending_units
 
     recipe, found = locate(config)
-    pending = pending_units(recipe, found.committed())
+    survey = found.survey(recipe, thorough=arguments.check)
+    for damage in survey.damage:
+        print(f"damaged, and made again: {damage}")
+    pending = pending_units(recipe, survey.whole)
     total = recipe.settings.count
-    if not pending and found.is_finished():
+    if survey.finished:
         print(f"samples {recipe.set_name()}: all {total} images are there already; {found.uri}")
         return 0
     print(f"samples {recipe.set_name()}: {recipe.checkpoint} → {found.uri}")

@@ -6,7 +6,6 @@ under way, and starts the next attempt if the last one ended.  So submitting is 
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import logging
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster_address import Cluster, connectable
+from jobs.job_log import Write, follow, patiently
 from pipelines.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 # a job that is stopped gets this long to commit its state before it is killed
 STOP_WAIT_S = 30
 _POLL_S = 1.0
-_UNREACHABLE_S = 60.0
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -43,8 +42,6 @@ _CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-
-Write = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,9 @@ def submit(
 
     cluster = connectable(address)
     with _client(cluster) as client:
-        planned = plan(job, run, _list(client))
+        planned = plan(job, run, patiently(cluster.url, lambda: _list(client)))
         if not planned.attach:
-            planned = _start(client, planned, job, run, argv, config_text, env_vars)
+            planned = _start(client, cluster, planned, job, run, argv, config_text, env_vars)
         name = planned.submission_id
         say(f"{name} is under way already: attached to it" if planned.attach else f"submitted {name}")
         say(f"  dashboard: {cluster.url}")
@@ -155,8 +152,10 @@ def status(submission_id: str, *, address: str | None = None) -> JobStatus:
 
 def list_jobs(*, address: str | None = None) -> list[JobStatus]:
     """The jobs that the cluster knows, oldest first."""
-    with _client(connectable(address)) as client:
-        return sorted(_list(client), key=lambda known: known.start_time_s or 0.0)
+    cluster = connectable(address)
+    with _client(cluster) as client:
+        listed = patiently(cluster.url, lambda: _list(client))
+        return sorted(listed, key=lambda known: known.start_time_s or 0.0)
 
 
 def logs(
@@ -169,7 +168,7 @@ def logs(
         if follow:
             _follow(client, submission_id, cluster, write or _write_stdout)
             return _settled(client, submission_id, cluster)
-        (write or _write_stdout)(client.get_job_logs(submission_id))
+        (write or _write_stdout)(patiently(cluster.url, lambda: client.get_job_logs(submission_id)))
         return known
 
 
@@ -180,12 +179,13 @@ def stop(submission_id: str, *, address: str | None = None, wait: bool = True) -
         known = _status(client, submission_id, cluster)
         if known.terminal:
             return known
-        client.stop_job(submission_id)
+        patiently(cluster.url, lambda: client.stop_job(submission_id))
         return _settled(client, submission_id, cluster) if wait else _status(client, submission_id, cluster)
 
 
 def _start(
     client: JobSubmissionClient,
+    cluster: Cluster,
     planned: Plan,
     job: str,
     run: str,
@@ -204,7 +204,8 @@ def _start(
                 metadata={"ddpm_job": job, "ddpm_run": run},
             )
         except RuntimeError as error:
-            if not any(known.submission_id == planned.submission_id for known in _list(client)):
+            listed = patiently(cluster.url, lambda: _list(client))
+            if not any(known.submission_id == planned.submission_id for known in listed):
                 raise UserError(
                     f"{planned.submission_id}: the cluster refused it ({one_line(error)})"
                 ) from None
@@ -244,15 +245,16 @@ def _client(cluster: Cluster) -> Iterator[JobSubmissionClient]:
     hidden = {name: os.environ.pop(name, None) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
     try:
         # only the constructor reads them
-        client = JobSubmissionClient(cluster.url, headers=cluster.headers())
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(f"{cluster.url}: {one_line(error)}") from None
+        client = patiently(cluster.url, lambda: JobSubmissionClient(cluster.url, headers=cluster.headers()))
     finally:
         os.environ.update({name: value for name, value in hidden.items() if value is not None})
     try:
         yield client
     except AuthenticationError as error:
         raise UserError(f"{cluster.url}: {one_line(error)}") from None
+    except BrokenPipeError:
+        # the reader of our own output left
+        raise
     except OSError as error:  # requests' exceptions are OSErrors
         raise UserError(f"{cluster.url}: does not answer any more ({one_line(error)})") from None
 
@@ -263,14 +265,17 @@ def _list(client: JobSubmissionClient) -> list[JobStatus]:
 
 
 def _status(client: JobSubmissionClient, submission_id: str, cluster: Cluster) -> JobStatus:
-    try:
-        return _job_status(client.get_job_info(submission_id))
-    except RuntimeError as error:
-        if "404" in str(error) or "does not exist" in str(error):
-            raise UserError(
-                f"job {submission_id!r}: not known to the cluster at {cluster.url}; `ddpm list` shows its jobs"
-            ) from None
-        raise UserError(f"{cluster.url}: {one_line(error)}") from None
+    def ask() -> JobStatus:
+        try:
+            return _job_status(client.get_job_info(submission_id))
+        except RuntimeError as error:
+            if "status code 404" in str(error) or "does not exist" in str(error):
+                raise UserError(
+                    f"job {submission_id!r}: not known to the cluster at {cluster.url}; `ddpm list` shows its jobs"
+                ) from None
+            raise
+
+    return patiently(cluster.url, ask)
 
 
 def _job_status(details: Any) -> JobStatus:
@@ -306,66 +311,9 @@ def _settled(client: JobSubmissionClient, submission_id: str, cluster: Cluster) 
 
 
 def _follow(client: JobSubmissionClient, submission_id: str, cluster: Cluster, write: Write) -> None:
-    """Write the job's log until the job ends, over as many connections as that takes."""
-    import aiohttp
-
-    once = _Once(write)
-    answered = time.monotonic()
-    while True:
-        try:
-            asyncio.run(_tail(client, submission_id, once))
-            if _status(client, submission_id, cluster).terminal:
-                return
-            answered = time.monotonic()
-        except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            if time.monotonic() - answered > _UNREACHABLE_S:
-                raise UserError(
-                    f"{cluster.url}: does not answer any more ({one_line(error)}); {submission_id} may still run"
-                ) from None
-        time.sleep(_POLL_S)
-
-
-async def _tail(client: JobSubmissionClient, submission_id: str, once: _Once) -> None:
-    """Write the log as it comes until the job or the connection ends."""
-
-    async def read() -> None:
-        once.rewind()
-        async for text in client.tail_job_logs(submission_id):
-            once.write(text)
-
-    reading = asyncio.ensure_future(read())
-    try:
-        while not (await asyncio.wait({reading}, timeout=_POLL_S))[0]:
-            known = await asyncio.to_thread(client.get_job_info, submission_id)
-            if known.status.is_terminal():
-                # the server's own end of the log comes seconds later
-                reading.cancel()
-                await asyncio.wait({reading})
-                once.rewind()
-                once.write(await asyncio.to_thread(client.get_job_logs, submission_id))
-                return
-        reading.result()
-    finally:
-        reading.cancel()
-
-
-class _Once:
-    """Passes each character of a text on once, though every connection tells the text from its start."""
-
-    def __init__(self, write: Write) -> None:
-        self._write = write
-        self._written = 0
-        self._seen = 0
-
-    def rewind(self) -> None:
-        self._seen = 0
-
-    def write(self, text: str) -> None:
-        fresh = text[max(0, self._written - self._seen) :]
-        self._seen += len(text)
-        self._written = max(self._written, self._seen)
-        if fresh:
-            self._write(fresh)
+    follow(
+        client, submission_id, cluster.url, write, lambda: _status(client, submission_id, cluster).terminal
+    )
 
 
 def _write_stdout(text: str) -> None:

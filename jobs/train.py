@@ -52,6 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0
     if done >= config.train.steps:
+        # before it is called done: a checkpoint's name says nothing of its objects, and if they are damaged,
+        # this is the command that trains the steps again
+        whole = Checkpoints(run.storage).newest_whole()
+        done = whole.step if whole else 0
+    if done >= config.train.steps:
         print(f"run {run.name}: trained {done} steps already; {run.storage.uri}")
         return 0
     _check_tracking()

@@ -8,20 +8,28 @@ there, and of two writers of one step the first wins.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pipelines.errors import UserError, one_line
+from pipelines.errors import one_line
+from pipelines.records import (
+    ObjectRecord,
+    RecordError,
+    commit_first,
+    put_recorded,
+    read_checked,
+    read_record,
+)
 from pipelines.storage import ObjectMissing, Storage, open_storage
 
 log = logging.getLogger(__name__)
@@ -30,23 +38,15 @@ FORMAT_VERSION = 1
 COMMIT = "commit.json"
 _STEP = re.compile(r"^step-(\d{9,})/commit\.json$")
 
+Read = TypeVar("Read")
 
-class CheckpointError(UserError):
+
+class CheckpointError(RecordError):
     """A checkpoint is missing, damaged, or of a format that this version does not read."""
 
 
 # JSON has no word for what is no number, and pydantic writes null
 Metric = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-
-
-class ObjectRecord(BaseModel):
-    """One object of a commit: where, how large, and its SHA-256."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    key: str
-    num_bytes: int
-    sha256: str
 
 
 class Commit(BaseModel):
@@ -108,10 +108,17 @@ class Checkpoint:
         record = self.commit.objects.get(group)
         if record is None:
             raise CheckpointError(f"{self.uri}: holds no {group!r}, only {', '.join(self.commit.objects)}")
-        return _tensors(read_checked(self._storage, record), f"{self.uri}/{record.key}")
+        data = read_checked(self._storage, record, CheckpointError)
+        return _tensors(data, f"{self.uri}/{record.key}")
 
     def read_all(self) -> State:
         return State(self.step, {group: self.read(group) for group in self.commit.objects})
+
+    def check(self) -> Checkpoint:
+        """Itself, every object of it checked by size and SHA-256, one at a time; raises `CheckpointError`."""
+        for record in self.commit.objects.values():
+            read_checked(self._storage, record, CheckpointError)
+        return self
 
 
 class Checkpoints:
@@ -136,34 +143,29 @@ class Checkpoints:
         """
         storage = self._storage.child(step_name(state.step))
         attempt = uuid.uuid4().hex[:12]
-        objects: dict[str, ObjectRecord] = {}
-        try:
-            for group, tensors in state.groups.items():
-                data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-                objects[group] = put_recorded(storage, f"{group}-{attempt}.safetensors", data)
-        except BaseException:
-            _discard(storage, objects)
-            raise
+        parts = (
+            (f"{group}-{attempt}.safetensors", _to_bytes(tensors)) for group, tensors in state.groups.items()
+        )
+        objects = dict(zip(state.groups, put_recorded(storage, parts), strict=True))
         commit = Commit(format_version=FORMAT_VERSION, step=state.step, objects=objects, **record)
-        record_bytes = commit.model_dump_json(indent=2).encode()
-        # from here on an error does not say that there is no commit, so the objects stay
-        won = storage.put_if_absent(COMMIT, record_bytes)
-        if not won and (standing := _readable(storage)) is None:
-            # its objects are damaged or gone, which is why the run is here a second time
-            storage.put(COMMIT, record_bytes)
-            won = True
-        if not won:
-            log.warning("%s was committed by another attempt first; that one stands", storage.uri)
-            _discard(storage, objects)
-            assert standing is not None
-            return standing
-        return Checkpoint(storage, commit)
+        standing = commit_first(storage, COMMIT, commit, objects.values(), lambda: _readable(storage))
+        if standing is None:
+            return Checkpoint(storage, commit)
+        log.warning("%s was committed by another attempt first; that one stands", storage.uri)
+        return standing
 
     def newest(self) -> State | None:
         """The newest state that can be read whole, or None; a damaged one is passed over with a warning."""
+        return self._newest(Checkpoint.read_all)
+
+    def newest_whole(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None, likewise; holds no more than one object in memory."""
+        return self._newest(Checkpoint.check)
+
+    def _newest(self, read: Callable[[Checkpoint], Read]) -> Read | None:
         for step in reversed(self.steps()):
             try:
-                return self.open(step).read_all()
+                return read(self.open(step))
             except CheckpointError as error:
                 log.warning("passed over a damaged checkpoint: %s", error)
         return None
@@ -248,7 +250,7 @@ def open_checkpoint(storage: Storage | str) -> Checkpoint:
         storage = open_storage(storage)
     where = f"{storage.uri}/{COMMIT}"
     try:
-        commit = read_record(storage, COMMIT, Commit, FORMAT_VERSION)
+        commit = read_record(storage, COMMIT, Commit, FORMAT_VERSION, CheckpointError)
     except ObjectMissing:
         raise CheckpointError(f"{storage.uri}: no committed checkpoint here ({COMMIT} is missing)") from None
     if commit.kind != "ddpm-checkpoint":
@@ -258,47 +260,6 @@ def open_checkpoint(storage: Storage | str) -> Checkpoint:
 
 def step_name(step: int) -> str:
     return f"step-{step:09d}"
-
-
-Record = TypeVar("Record", bound=BaseModel)
-
-
-def read_record(storage: Storage, key: str, model: type[Record], version: int) -> Record:
-    """A JSON record of one of our formats; an unknown version is refused with both versions named."""
-    where = f"{storage.uri}/{key}"
-    data = storage.get(key)
-    try:
-        values = json.loads(data)
-    except ValueError:
-        raise CheckpointError(f"{where}: is not JSON; the object is damaged") from None
-    found = values.get("format_version") if isinstance(values, dict) else None
-    if found != version:
-        raise CheckpointError(f"{where}: has format version {found}, this program reads {version}")
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise CheckpointError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-
-
-def put_recorded(storage: Storage, key: str, data: bytes) -> ObjectRecord:
-    """Write an object and return its record."""
-    storage.put(key, data)
-    return ObjectRecord(key=key, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def read_checked(storage: Storage, record: ObjectRecord) -> bytes:
-    """The object of a record, checked by size and SHA-256; raises `CheckpointError` naming it."""
-    where = f"{storage.uri}/{record.key}"
-    try:
-        data = storage.get(record.key)
-    except ObjectMissing:
-        raise CheckpointError(f"{where}: is named by its commit record and missing") from None
-    if len(data) != record.num_bytes:
-        raise CheckpointError(f"{where}: has {len(data)} bytes, its commit record says {record.num_bytes}")
-    if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise CheckpointError(f"{where}: its SHA-256 differs from its commit record's")
-    return data
 
 
 def _readable(storage: Storage) -> Checkpoint | None:
@@ -311,15 +272,12 @@ def _readable(storage: Storage) -> Checkpoint | None:
     return checkpoint
 
 
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
 def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise CheckpointError(f"{where}: is not safetensors: {one_line(error)}") from None
-
-
-def _discard(storage: Storage, objects: dict[str, ObjectRecord]) -> None:
-    try:
-        storage.delete(record.key for record in objects.values())
-    except UserError as error:
-        log.warning("left uncommitted objects behind: %s", error)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import ScheduleConfig
@@ -148,13 +149,13 @@ class TuneConfig(Section):
     reduction_factor: Annotated[float, Field(gt=1)] = 3
     seed: int = 0
 
-    @model_validator(mode="after")
-    def _ranges(self) -> TuneConfig:
-        for name in ("beta_start", "beta_end"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < 1:
-                raise ValueError(f"{name}: must be a range [low, high] in (0, 1), got [{low}, {high}]")
-        return self
+    @field_validator("beta_start", "beta_end")
+    @classmethod
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not 0 < low <= high < 1:
+            raise ValueError(f"must be a range [low, high] in (0, 1), got [{low}, {high}]")
+        return value
 
 
 class WorkersConfig(Section):
@@ -237,7 +238,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """The configuration in a YAML file with `section.key=value` overrides, checked whole.
 
     A path that is no file is looked up among the ready configurations that ship with the project, so
-    `digits.yaml` works from anywhere.  Raises `UserError` with one line that names the field.
+    `digits.yaml` works from anywhere.  Raises `UserError` with a line that names the field for each mistake.
     """
     file = Path(path)
     if not file.is_file():
@@ -267,8 +268,14 @@ def parse_config(
         raise UserError(
             f"{where}: must hold sections such as `data:` and `model:`, got {type(values).__name__}"
         )
+    mistakes = []
     for override in overrides:
-        _apply(values, override)
+        try:
+            _apply(values, override)
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     return validated(Config, values, where)
 
 
@@ -276,16 +283,15 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validated(model: type[Model], values: Any, where: str) -> Model:
-    """`values` as a `model`, or a `UserError` of one line that names the first wrong field."""
+    """`values` as a `model`, or a `UserError` with a line for each wrong field."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error, model)}") from None
+        lines = (f"{where}: {_told(problem, model)}" for problem in error.errors())
+        raise UserError("\n".join(lines)) from None
 
 
-def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    problems = error.errors()
-    problem = problems[0]
+def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -300,8 +306,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         message = message.partition(": ")[2] or message
     else:
         message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{field}: {message}{more}"
+    return f"{field}: {message}"
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:

@@ -1,4 +1,4 @@
-"""What a user did wrong, as one line; everything else is a bug and keeps its traceback."""
+"""What a user did wrong, a line for each mistake; everything else is a bug and keeps its traceback."""
 
 import re
 
@@ -6,7 +6,8 @@ import re
 class UserError(Exception):
     """A mistake that the user can mend: the message names the field or object, its value, and what to do.
 
-    The command line prints the message alone and exits with code 2.  The message is the only argument, so
+    A line a mistake: several at once (of a configuration) are several lines.  The command line prints the message
+    alone and exits with code 2.  The message is the only argument, so
     the error pickles and crosses process borders unchanged.
     """
 

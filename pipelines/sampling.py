@@ -7,9 +7,8 @@ done; `samples.json` is the record of the whole and comes last.
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,15 +21,30 @@ from torch import Tensor, nn
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from ddpm_core.unet import UNet
-from pipelines.checkpoints import Checkpoint, ObjectRecord, put_recorded, read_checked, read_record
+from pipelines.checkpoints import Checkpoint, open_checkpoint
 from pipelines.config import Config, SampleConfig, digest, validated
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png, to_uint8
+from pipelines.records import (
+    ObjectRecord,
+    RecordError,
+    commit_first,
+    discard,
+    put_recorded,
+    read_checked,
+    read_record,
+)
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import ObjectMissing, Storage, open_storage
 
 FORMAT_VERSION = 1
 RECORD = "samples.json"
+
+_READ_IN_A_MOMENT_BYTES = 64 * 2**20
+
+
+class SampleSetError(RecordError):
+    """A sample set's record or object is missing, damaged, or of a format that this version does not read."""
 
 
 class UnitCommit(BaseModel):
@@ -94,16 +108,19 @@ class Recipe:
 def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     """The recipe of the samples of a checkpoint; the model's part comes from the checkpoint.
 
-    Raises `UserError` naming the first field in which the configuration describes another model.
+    Raises `UserError` naming each field in which the configuration describes another model.
     """
     trained = checkpoint_config(checkpoint)
+    mistakes = []
     for section in ("schedule", "model"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
-        for key, value in ours.items():
-            if value != theirs[key]:
-                raise UserError(
-                    f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
-                )
+        mistakes += [
+            f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
+            for key, value in ours.items()
+            if value != theirs[key]
+        ]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     steps = config.sampler.num_steps
     if steps is not None and steps > trained.schedule.num_timesteps:
         raise UserError(
@@ -177,6 +194,18 @@ def pending_units(recipe: Recipe, committed: Iterable[int]) -> list[int]:
     return [unit for unit in range(num_units(recipe)) if unit not in done]
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What of a sample set is there."""
+
+    whole: list[int]
+    """The committed units that are undamaged, as far as was looked."""
+    damage: list[str]
+    """What is wrong, a line each."""
+    finished: bool
+    """Every unit is whole, and the record of the set names them."""
+
+
 class SampleSet:
     """A sample set in storage, finished or not."""
 
@@ -193,38 +222,50 @@ class SampleSet:
         return sorted(int(name[5:-5]) for name in names if name.endswith(".json") and name[5:-5].isdecimal())
 
     def write_unit(self, recipe: Recipe, unit: int, images: Tensor) -> UnitCommit:
-        """Write and commit a unit's images, uint8 [n, C, H, W]; the first commit of a unit stands."""
+        """Write and commit a unit's images, uint8 [n, C, H, W]; the first commit of a unit stands.
+
+        Unless it is damaged: then this one takes its place.
+        """
         numbers = unit_range(recipe, unit)
         assert len(numbers) == len(images)
         packed = pack(
             Sample(f"{number:09d}", encode_png(image)) for number, image in zip(numbers, images, strict=True)
         )
-        attempt = uuid.uuid4().hex[:12]
-        records: list[ObjectRecord] = []
-        try:
-            for suffix, data in (("tar", packed.tar), ("index.parquet", packed.index)):
-                records.append(put_recorded(self.storage, f"shard-{unit:06d}-{attempt}.{suffix}", data))
-        except BaseException:
-            with contextlib.suppress(UserError):
-                self.storage.delete(record.key for record in records)
-            raise
+        stem = f"shard-{unit:06d}-{uuid.uuid4().hex[:12]}"
+        parts = ((f"{stem}.tar", packed.tar), (f"{stem}.index.parquet", packed.index))
+        shard, index = put_recorded(self.storage, parts)
         commit = UnitCommit(
             format_version=FORMAT_VERSION,
             unit=unit,
             start=numbers.start,
             stop=numbers.stop,
-            shard=records[0],
-            index=records[1],
+            shard=shard,
+            index=index,
         )
-        # from here on an error does not say that there is no commit, so the objects stay
-        if self.storage.put_if_absent(_unit_key(unit), commit.model_dump_json().encode()):
-            return commit
-        with contextlib.suppress(UserError):
-            self.storage.delete(record.key for record in records)
-        return self.unit(unit)
+        replaced: list[ObjectRecord] = []
+        standing = commit_first(
+            self.storage, _unit_key(unit), commit, (shard, index), lambda: self._whole_unit(unit, replaced)
+        )
+        discard(self.storage, replaced)
+        return standing or commit
+
+    def _whole_unit(self, unit: int, damaged: list[ObjectRecord]) -> UnitCommit | None:
+        """The unit that stands if all of it can be read; if not, its objects are added to `damaged`."""
+        try:
+            found = self.unit(unit)
+        except (SampleSetError, ObjectMissing):
+            return None
+        objects = (found.shard, found.index)
+        try:
+            for record in objects:
+                read_checked(self.storage, record, SampleSetError)
+        except SampleSetError:
+            damaged.extend(objects)
+            return None
+        return found
 
     def unit(self, unit: int) -> UnitCommit:
-        return read_record(self.storage, _unit_key(unit), UnitCommit, FORMAT_VERSION)
+        return read_record(self.storage, _unit_key(unit), UnitCommit, FORMAT_VERSION, SampleSetError)
 
     def finish(self, recipe: Recipe) -> SetRecord:
         """Write the record of the whole, once every unit is committed."""
@@ -237,30 +278,79 @@ class SampleSet:
             levels=recipe.levels,
             units=[self.unit(unit) for unit in range(num_units(recipe))],
         )
-        self.storage.put_if_absent(RECORD, record.model_dump_json(indent=2).encode())
+        # a record that names other units is from before one of them was made again
+        commit_first(self.storage, RECORD, record, (), lambda: self._record_of(record.units))
         return self.record()
+
+    def _record_of(self, units: list[UnitCommit]) -> SetRecord | None:
+        """The record that stands if it names these units."""
+        try:
+            found = self.record()
+        except SampleSetError:
+            return None
+        return found if found.units == units else None
+
+    def survey(self, recipe: Recipe, *, thorough: bool = False) -> Survey:
+        """What of the set is there.
+
+        Sizes are compared with one listing.  Objects are read and compared by SHA-256 if `thorough`, or if they
+        are so few that this takes a moment.
+        """
+        sizes = {info.key: info.num_bytes for info in self.storage.list()}
+        committed = [unit for unit in range(num_units(recipe)) if _unit_key(unit) in sizes]
+        damage: list[str] = []
+        try:
+            named = {unit.unit: unit for unit in self.record().units} if RECORD in sizes else {}
+        except SampleSetError as error:
+            named = {}
+            damage.append(str(error))
+        thorough = thorough or sum(sizes.values()) <= _READ_IN_A_MOMENT_BYTES
+        whole = []
+        for unit in committed:
+            try:
+                # one read for all units of a finished set, and of an unfinished one a read each
+                commit = named.get(unit) or self.unit(unit)
+                for record in (commit.shard, commit.index):
+                    self._check(record, sizes, thorough)
+            except SampleSetError as error:
+                damage.append(str(error))
+            else:
+                whole.append(unit)
+        return Survey(whole, damage, finished=len(named) == len(whole) == num_units(recipe))
+
+    def _check(self, record: ObjectRecord, sizes: Mapping[str, int], thorough: bool) -> None:
+        if thorough or sizes.get(record.key) != record.num_bytes:
+            read_checked(self.storage, record, SampleSetError)
 
     def is_finished(self) -> bool:
         return self.storage.exists(RECORD)
 
     def record(self) -> SetRecord:
-        """Raises `UserError` where the set is not finished."""
+        """Raises `SampleSetError` where the set is not finished."""
         try:
-            return read_record(self.storage, RECORD, SetRecord, FORMAT_VERSION)
+            return read_record(self.storage, RECORD, SetRecord, FORMAT_VERSION, SampleSetError)
         except ObjectMissing:
-            raise UserError(f"{self.uri}: no finished sample set here; make it with `ddpm sample`") from None
+            raise SampleSetError(
+                f"{self.uri}: no finished sample set here; make it with `ddpm sample`"
+            ) from None
 
     def images(self, limit: int | None = None) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """(number, uint8 [C, H, W]) of the set's images by rising number, every shard checked by SHA-256."""
         record = self.record()
         for unit in record.units:
-            index = parse_index(read_checked(self.storage, unit.index))
-            tar = read_checked(self.storage, unit.shard)
+            index = parse_index(self._read(unit.index))
+            tar = self._read(unit.shard)
             for row, number in enumerate(range(unit.start, unit.stop)):
                 if limit is not None and number >= limit:
                     return
                 start, length = int(index.offset[row]), int(index.length[row])
                 yield number, decode_png(tar[start : start + length], record.shape)
+
+    def _read(self, record: ObjectRecord) -> bytes:
+        try:
+            return read_checked(self.storage, record, SampleSetError)
+        except SampleSetError as error:
+            raise SampleSetError(f"{error}; `ddpm sample --check` makes it again") from None
 
 
 def sample_set(config: Config, recipe: Recipe) -> SampleSet:
@@ -276,8 +366,6 @@ class UnitMaker:
     """Makes units of one set: what a sampling worker is, in this process or as a Ray actor."""
 
     def __init__(self, recipe: Recipe, set_uri: str, device: str) -> None:
-        from pipelines.checkpoints import open_checkpoint
-
         self._recipe = recipe
         self._set = SampleSet(open_storage(set_uri))
         self._device = torch.device(device)

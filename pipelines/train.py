@@ -56,18 +56,21 @@ class Run:
 def open_run(config: Config) -> Run:
     """Load the data set and check that the configuration fits it; nothing is written.
 
-    Raises `UserError` naming the field that does not fit.
+    Raises `UserError` naming each field that does not fit.
     """
     dataset = Dataset.load(config.data.uri)
     channels, height, width = dataset.shape
     size = config.model.image_size
+    mistakes = []
     if height != width or size != height:
-        raise UserError(f"model.image_size: {size}, but the images of {config.data.uri} are {width}×{height}")
+        mistakes.append(f"model.image_size: {size}, but the images of {config.data.uri} are {width}×{height}")
     if config.model.in_channels != channels:
-        raise UserError(
+        mistakes.append(
             f"model.in_channels: {config.model.in_channels}, but the images of {config.data.uri} "
             f"have {channels} channels"
         )
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     for split in ("train", "test"):
         if dataset.count(split) == 0:
             raise UserError(f"{config.data.uri}: its {split} split is empty")

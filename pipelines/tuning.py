@@ -14,9 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ddpm_core.schedules import Schedule, ScheduleConfig
-from pipelines.checkpoints import read_record
 from pipelines.config import Config, digest
 from pipelines.errors import UserError
+from pipelines.records import read_record
 from pipelines.storage import ObjectMissing, Storage, open_storage
 
 FORMAT_VERSION = 1

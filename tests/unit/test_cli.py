@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import pickle
@@ -19,7 +20,10 @@ import pytest
 
 from infra.local import Stack, StackError
 from jobs import cli, common
+from pipelines import evaluate, features
+from pipelines.checkpoints import Checkpoints
 from pipelines.errors import UserError, one_line
+from pipelines.sampling import SampleSet
 from pipelines.storage import open_storage
 from tests.support.data import dataset_of
 from tests.support.runs import TINY
@@ -218,6 +222,16 @@ def test_a_mistake_is_one_line(arguments: Sequence[str], message: str, ddpm: Out
     assert message in found if " " not in message else found == message
 
 
+def test_two_mistakes_are_two_lines(ddpm: Outcome) -> None:
+    wrong = ("--set", "sample.count=0", "--set", "trian.steps=1")
+    code, out, err = ddpm("sample", "--config", "digits.yaml", *wrong)
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "ddpm sample: digits.yaml: sample.count: input should be greater than or equal to 1, got 0",
+        "ddpm sample: digits.yaml: trian: no such setting; did you mean 'train'?",
+    ]
+
+
 @pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
 def test_without_data_it_says_how_to_make_some(command: str, ddpm: Outcome, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
@@ -269,6 +283,101 @@ def test_train_sample_and_again_in_this_process(ddpm: Outcome, tiny: list[str], 
     assert "checkpoint '7'" in mistake(ddpm("sample", *tiny, "--local", "--set", "sample.checkpoint=7"))
     # nothing but the run and the two sets
     assert len(list((tmp_path / "results").glob("*/*"))) == 3
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("what", "damage"),
+    [
+        *((what, damage) for what in ("weights", "optimizer") for damage in (cut, flip, Path.unlink)),
+        ("commit", cut),
+    ],
+)
+def test_a_trained_run_whose_last_checkpoint_is_damaged_trains_its_steps_again(
+    ddpm: Outcome, tiny: list[str], what: str, damage: Callable[[Path], None]
+) -> None:
+    steps = (*STEPS, "--set", "train.checkpoint_every=1")
+    code, out, _ = ddpm("train", *tiny, *steps, "--local")
+    assert code == 0
+    place = Path(out.strip().rpartition("file://")[2])
+    expected = Checkpoints(open_storage(str(place.parent.parent))).open(2).identity
+    [file] = place.glob(f"{what}*")
+    damage(file)
+    code, out, err = ddpm("train", *tiny, *steps, "--local")
+    assert code == 0, err
+    assert "already" not in out
+    assert "step 1 → 2" in out
+    assert "trained 2 steps" in out
+    if file.exists() or what != "commit":
+        # without its commit record it is no checkpoint, and nothing is damaged
+        assert re.search(
+            rf"passed over a damaged checkpoint: \S+step-000000002/{re.escape(file.name)}: ", err
+        )
+    assert Checkpoints(open_storage(str(place.parent.parent))).open(2).check().identity == expected
+    code, out, err = ddpm("train", *tiny, *steps, "--local")
+    assert (code, err) == (0, "")
+    assert "trained 2 steps already" in out
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_sampling_again_makes_a_damaged_unit_again_and_says_so(
+    ddpm: Outcome, tiny: list[str], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    assert ddpm("train", *tiny, *STEPS, "--local")[0] == 0
+    code, out, _ = ddpm("sample", *tiny, "--local")
+    assert code == 0
+    place = Path(out.strip().rpartition("file://")[2])
+    before = {number: image.tobytes() for number, image in SampleSet(open_storage(str(place))).images()}
+    [file] = place.glob("shard-000001*.tar")
+    damage(file)
+    code, out, _ = ddpm("sample", *tiny, "--local")
+    assert code == 0
+    assert out.startswith("damaged, and made again: ")
+    assert out.count(str(file)) == 1
+    assert "10 images in 3 shards" in out
+    after = {number: image.tobytes() for number, image in SampleSet(open_storage(str(place))).images()}
+    assert after == before
+    assert "all 10 images are there already" in ddpm("sample", *tiny, "--local", "--check")[1]
+
+
+def test_evaluating_again_finds_the_work_done(
+    ddpm: Outcome, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = functools.partial(features.train_classifier, num_steps=5)
+    monkeypatch.setattr(evaluate, "train_classifier", trained)
+    assert ddpm("train", *tiny, *STEPS, "--local")[0] == 0
+    assert ddpm("sample", *tiny, "--local")[0] == 0
+    code, first, err = ddpm("evaluate", *tiny)
+    assert code == 0, err
+    assert "done already" not in first
+
+    class Again(Exception):
+        pass
+
+    def again(*arguments: Any) -> None:
+        raise Again
+
+    monkeypatch.setattr(evaluate, "evaluate", again)
+    monkeypatch.setattr(evaluate, "draw", again)
+    out = tmp_path / "report"
+    code, second, err = ddpm("evaluate", *tiny, "--out", str(out))
+    assert (code, err) == (0, "")
+    assert re.match(r"evaluation tiny-\w{10}: done already\n", second)
+    # the same table, and all the files, though they were not asked for the first time
+    assert second.splitlines()[1:-1] == first.splitlines()[:-1]
+    names = {"report.json", "schedule.png", "loss.png", "bound.png", "samples.png", "trajectory.png"}
+    assert {file.name for file in out.iterdir()} == {*names, "distances.png"}
+    with pytest.raises(Again):
+        ddpm("evaluate", *tiny, "--set", "bound.num_strata=5")
 
 
 def test_without_a_cluster_it_says_how_to_get_one(ddpm: Outcome, tiny: list[str]) -> None:
@@ -453,10 +562,31 @@ def test_what_the_user_says_wins_as_a_group(own: str, group: str | tuple[str, ..
     assert all(os.environ[name] == value for name, value in others.items() if name != own)
 
 
-def test_a_given_address_is_not_asked_with_the_stacks_token(stack: Stack) -> None:
-    common.use_local_stack("elsewhere:6379")
+@pytest.mark.parametrize(
+    "address",
+    ["elsewhere:6379", "http://127.0.0.1:5", "127.0.0.1:40", "nonsense", "http://[::1", "elsewhere:4", "x:3"],
+)
+def test_a_given_address_is_not_asked_with_the_stacks_token(address: str, stack: Stack) -> None:
+    common.use_local_stack(address)
     assert not [name for name in os.environ if name.startswith(("RAY_ADDRESS", "RAY_AUTH", "RAY_API"))]
     assert os.environ["AWS_ENDPOINT_URL"] == stack.s3_endpoint
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:4",
+        "127.0.0.1:4",
+        "http://127.0.0.1:4/",
+        "localhost:4",
+        "HTTP://LocalHost:4",
+        "127.0.0.1:3",
+    ],
+)
+def test_the_stacks_own_address_is_known_however_it_is_spelt(address: str, stack: Stack) -> None:
+    common.use_local_stack(address)
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(stack.token_path)
+    assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
 def test_a_state_folder_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,6 +613,8 @@ def test_an_error_crosses_processes_unchanged() -> None:
     from jobs.submit import JobFailed
     from pipelines.checkpoints import CheckpointError
     from pipelines.dataset import DataError
+    from pipelines.records import RecordError
+    from pipelines.sampling import SampleSetError
     from pipelines.storage import ObjectMissing, StorageError
     from pipelines.training import TrainingError
 
@@ -491,6 +623,8 @@ def test_an_error_crosses_processes_unchanged() -> None:
         CheckpointError,
         DataError,
         ObjectMissing,
+        RecordError,
+        SampleSetError,
         StorageError,
         TrainingError,
     ]

@@ -145,7 +145,6 @@ def test_a_mistake_is_one_line_that_names_the_field(override: str, message: str)
     [
         ("", "my.yaml: must hold sections such as `data:` and `model:`, got NoneType"),
         ("- 1", "my.yaml: must hold sections such as `data:` and `model:`, got list"),
-        ("name: x", "my.yaml: data: is required and missing (and 1 more)"),
         (
             "name: a\ndata: [",
             "my.yaml line 2: not valid YAML: expected the node content, but found '<stream end>'",
@@ -154,6 +153,41 @@ def test_a_mistake_is_one_line_that_names_the_field(override: str, message: str)
 )
 def test_a_file_that_is_no_configuration(text: str, message: str) -> None:
     assert problem(text) == message
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        parse_config(text, overrides, where="my.yaml")
+    return str(caught.value).splitlines()
+
+
+def test_every_wrong_field_is_named_on_a_line_of_its_own() -> None:
+    assert problems("name: x") == [
+        "my.yaml: data: is required and missing",
+        "my.yaml: model: is required and missing",
+    ]
+    assert problems(
+        TINY, "train.steps=0", "schedule.beta_strat=1", "nonsense.x=1", "optimizer.adam_eps=-1"
+    ) == [
+        "my.yaml: schedule.beta_strat: no such setting; did you mean 'beta_start'?",
+        "my.yaml: optimizer.adam_eps: input should be greater than 0, got -1",
+        "my.yaml: train.steps: input should be greater than or equal to 1, got 0",
+        "my.yaml: nonsense: no such setting; there are name, seed, data, prepare, schedule, model, optimizer, ema, "
+        "train, bound, sampler, sample, tune, workers, storage, tracking",
+    ]
+    # checks over several fields of a section, beside others
+    assert problems(TINY, "train.micro_batches=3", "tune.beta_start=[2, 3]", "tune.beta_end=[0.5, 0.1]") == [
+        "my.yaml: train.micro_batches: must divide batch_size 8, got 3",
+        "my.yaml: tune.beta_start: must be a range [low, high] in (0, 1), got [2.0, 3.0]",
+        "my.yaml: tune.beta_end: must be a range [low, high] in (0, 1), got [0.5, 0.1]",
+    ]
+
+
+def test_every_wrong_override_is_named() -> None:
+    assert problems(TINY, "nonsense", "seed=[1", "train.steps=3") == [
+        "--set nonsense: must be section.key=value",
+        "--set seed=[1: the value is not valid YAML",
+    ]
 
 
 @pytest.mark.parametrize("text", ["name: x\x00y", "name: 2024-13-45", "name: !!python/object:os.system x"])

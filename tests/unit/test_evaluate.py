@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,16 @@ from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
-from pipelines.evaluate import Evaluation, draw, evaluate
+from pipelines.evaluate import (
+    Evaluation,
+    Finished,
+    commit_evaluation,
+    draw,
+    evaluate,
+    evaluation_identity,
+    evaluation_storage,
+    find_evaluation,
+)
 from pipelines.features import train_classifier
 from pipelines.images import encode_png
 from pipelines.reader import read_split
@@ -222,3 +232,58 @@ def test_a_standard_error_that_is_no_number_is_null(
     bound = dataclasses.replace(found.bound, total_stderr=math.nan)
     report = dataclasses.replace(found, bound=bound).to_json()
     assert json.loads(json.dumps(report, allow_nan=False))["bound"]["total_stderr"] is None
+
+
+# --- done once ---
+
+PICTURES = {"a.png": b"one", "b.png": b"two"}
+
+
+def test_a_finished_evaluation_is_found(tmp_path: Path) -> None:
+    place = open_storage(str(tmp_path))
+    assert find_evaluation(place) is None
+    first = commit_evaluation(place, {"seed": 0}, {"step": 1}, PICTURES)
+    assert first == find_evaluation(place) == Finished({"step": 1}, PICTURES)
+    # the first one stands, and the other leaves nothing
+    before = [info.key for info in place.list()]
+    assert commit_evaluation(place, {"seed": 0}, {"step": 2}, PICTURES) == first
+    assert [info.key for info in place.list()] == before
+
+
+@pytest.mark.parametrize("what", ["evaluation.json", "a-"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_evaluation_is_made_again(
+    tmp_path: Path,
+    what: str,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    place = open_storage(str(tmp_path))
+    commit_evaluation(place, {}, {"step": 1}, PICTURES)
+    [key] = [info.key for info in place.list(what)]
+    if damage == "gone":
+        place.delete([key])
+    else:
+        place.put(key, place.get(key)[:-1])
+    with caplog.at_level(logging.WARNING, "pipelines"):
+        assert find_evaluation(place) is None
+    assert (key in caplog.text) == ((what, damage) != ("evaluation.json", "gone"))
+    again = commit_evaluation(place, {}, {"step": 2}, PICTURES)
+    assert find_evaluation(place) == again == Finished({"step": 2}, PICTURES)
+
+
+def test_what_makes_an_evaluation_another_one(
+    config: Config, dataset: Dataset, checkpoint: Checkpoint
+) -> None:
+    def place(*overrides: str, data: Dataset = dataset) -> str:
+        own = (f"data.uri={config.data.uri}", f"storage={config.storage}")
+        one = tiny_config(*own, *overrides)
+        return evaluation_storage(one, evaluation_identity(one, data, recipe_of(one, checkpoint, 256))).uri
+
+    changes = ("seed=1", "bound.num_strata=5", "bound.variance_type=fixed_large", "sample.seed=1")
+    places = [place(), *map(place, changes), place(data=dataclasses.replace(dataset, identity="other"))]
+    assert len(set(places)) == len(places)
+    for same in ("workers.num=2", "train.steps=99", "bound.num_images=2", "tracking.experiment=other"):
+        assert place(same) == places[0]

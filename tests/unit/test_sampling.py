@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_core.samplers import SamplerConfig
+from pipelines import sampling
 from pipelines.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from pipelines.config import Config, SampleConfig
 from pipelines.errors import UserError
@@ -24,6 +25,8 @@ from pipelines.images import to_uint8
 from pipelines.sampling import (
     Recipe,
     SampleSet,
+    SampleSetError,
+    Survey,
     UnitMaker,
     checkpoint_config,
     load_model,
@@ -35,7 +38,7 @@ from pipelines.sampling import (
     unit_range,
 )
 from pipelines.shards import parse_index
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.training import Learner, SingleWorker
 from tests.support.data import WatchedStorage
 from tests.support.runs import made_up_batches, tiny_config
@@ -260,6 +263,15 @@ def test_a_configuration_of_another_model_is_refused(
     assert str(caught.value) == message.format(checkpoint.uri)
 
 
+def test_each_field_of_another_model_is_named(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe_of(tiny_config("schedule.num_timesteps=60", "model.base_channels=12"), checkpoint, 256)
+    assert str(caught.value).splitlines() == [
+        f"schedule.num_timesteps: 60, but the checkpoint {checkpoint.uri} was trained with 50",
+        f"model.base_channels: 12, but the checkpoint {checkpoint.uri} was trained with 8",
+    ]
+
+
 def test_a_checkpoint_whose_configuration_is_of_another_version(checkpoint: Checkpoint) -> None:
     changed = {**checkpoint.commit.config, "surprise": 1}
     other = Checkpoint(checkpoint._storage, checkpoint.commit.model_copy(update={"config": changed}))
@@ -380,17 +392,134 @@ def test_a_commit_that_appears_while_we_write_wins(place: Storage, ten: Recipe) 
 @pytest.mark.parametrize("part", ["tar", "index.parquet"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_damage_is_named_when_the_set_is_read(place: Storage, ten: Recipe, part: str, damage: str) -> None:
+    found = finished(place, ten)
+    [key] = [i.key for i in place.list("shard-000001") if i.key.endswith(part)]
+    hurt(place, key, damage)
+    with pytest.raises(SampleSetError, match=key) as caught:
+        list(found.images())
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def finished(place: Storage, ten: Recipe) -> SampleSet:
     found = SampleSet(place)
     for unit, count in ((0, 4), (1, 4), (2, 2)):
         found.write_unit(ten, unit, pixels(unit, count))
     found.finish(ten)
-    [key] = [i.key for i in place.list("shard-000001") if i.key.endswith(part)]
+    return found
+
+
+def hurt(place: Storage, key: str, damage: str) -> None:
     data = place.get(key)
     if damage == "gone":
         place.delete([key])
     else:
         place.put(key, data[:-1] if damage == "cut" else data[:600] + bytes([data[600] ^ 1]) + data[601:])
-    with pytest.raises(CheckpointError, match=key):
+
+
+def test_a_set_that_is_whole_is_found_so_and_nothing_of_a_large_one_is_read(
+    place: Storage, ten: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(place, ten)
+    watched = WatchedStorage(place)
+    assert SampleSet(watched).survey(ten) == Survey([0, 1, 2], [], finished=True)
+    assert sum(watched.gets.values()) == 1 + 6
+    monkeypatch.setattr(sampling, "_READ_IN_A_MOMENT_BYTES", 100)
+    watched = WatchedStorage(place)
+    assert SampleSet(watched).survey(ten) == Survey([0, 1, 2], [], finished=True)
+    assert watched.gets == {"samples.json": 1}
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("part", ["tar", "index.parquet"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_unit_is_found_and_made_again(
+    place: Storage,
+    ten: Recipe,
+    part: str,
+    damage: str,
+    complete: bool,
+    large: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = finished(place, ten)
+    if not complete:
+        place.delete(["samples.json", "units/unit-000002.json"])
+    if large:
+        monkeypatch.setattr(sampling, "_READ_IN_A_MOMENT_BYTES", 100)
+    before = found.unit(1)
+    [key] = [i.key for i in place.list("shard-000001") if i.key.endswith(part)]
+    hurt(place, key, damage)
+    if large and damage == "flip":
+        assert found.survey(ten).damage == []
+    survey = found.survey(ten, thorough=large and damage == "flip")
+    assert survey.whole == ([0, 2] if complete else [0])
+    assert not survey.finished
+    assert len(survey.damage) == 1
+    assert key in survey.damage[0]
+    for unit in pending_units(ten, survey.whole):
+        found.write_unit(ten, unit, pixels(unit, 2 if unit == 2 else 4))
+    found.finish(ten)
+    assert found.survey(ten, thorough=True) == Survey([0, 1, 2], [], finished=True)
+    assert [int(image.max()) for _, image in found.images()] == [0] * 4 + [1] * 4 + [2] * 2
+    # the same images, in another object, and of the damaged unit nothing is left
+    assert found.unit(1).shard.sha256 == before.shard.sha256
+    assert found.unit(1).shard.key != before.shard.key
+    assert len(place.list("shard-000001")) == 2
+
+
+@pytest.mark.parametrize("key", ["samples.json", "units/unit-000001.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_record_is_made_again(place: Storage, ten: Recipe, key: str, damage: str) -> None:
+    found = finished(place, ten)
+    if key != "samples.json":
+        place.delete(["samples.json"])
+    hurt(place, key, damage)
+    survey = found.survey(ten)
+    assert not survey.finished
+    assert len(survey.damage) == (damage == "cut")
+    assert all(f"{key}: is not JSON" in line for line in survey.damage)
+    for unit in pending_units(ten, survey.whole):
+        found.write_unit(ten, unit, pixels(unit))
+    found.finish(ten)
+    assert found.survey(ten) == Survey([0, 1, 2], [], finished=True)
+    assert len(list(found.images())) == 10
+
+
+def test_a_unit_commit_that_is_lost_from_a_finished_set_is_made_again(place: Storage, ten: Recipe) -> None:
+    found = finished(place, ten)
+    place.delete(["units/unit-000001.json"])
+    survey = found.survey(ten)
+    assert (survey.whole, survey.finished) == ([0, 2], False)
+    found.write_unit(ten, 1, pixels(1))
+    found.finish(ten)
+    assert found.survey(ten).finished
+
+
+def test_a_server_that_is_away_is_no_damage(
+    place: Storage, ten: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(place, ten)
+
+    def away(key: str, data: bytes, time: int) -> bytes:
+        raise StorageError("away")
+
+    before = {info.key: place.get(info.key) for info in place.list()}
+    with pytest.raises(StorageError, match="away"):
+        SampleSet(WatchedStorage(place, on_get=away)).survey(ten)
+    with pytest.raises(StorageError, match="away"):
+        SampleSet(WatchedStorage(place, on_get=away)).write_unit(ten, 1, pixels(7))
+    after = {info.key: place.get(info.key) for info in place.list()}
+    assert before.items() <= after.items()
+
+
+def test_the_reader_says_how_to_mend_what_is_damaged(place: Storage, ten: Recipe) -> None:
+    found = finished(place, ten)
+    key = found.unit(1).shard.key
+    hurt(place, key, "flip")
+    with pytest.raises(
+        SampleSetError, match=rf"{key}: its SHA-256 .*; `ddpm sample --check` makes it again$"
+    ):
         list(found.images())
 
 

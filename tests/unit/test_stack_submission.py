@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs import cluster_address, submission
+from jobs import cluster_address, job_log, submission
 from jobs.cluster_address import connectable
 from jobs.submission import JobStatus, Plan, brief, plan, stage
 from pipelines.errors import UserError
@@ -79,7 +79,7 @@ def test_every_message_is_one_line(message, said):
 
 def test_a_log_told_from_its_start_again_is_written_once():
     written: list[str] = []
-    once = submission._Once(written.append)
+    once = job_log._Once(written.append)
     for chunks in (["ab", "cd"], ["a", "bcde"], ["abcdef"], []):
         once.rewind()
         for chunk in chunks:

@@ -587,6 +587,16 @@ def test_a_configuration_that_does_not_fit_the_data_writes_nothing(
     assert not (tmp_path / "results").exists()
 
 
+def test_each_field_that_does_not_fit_the_data_is_named(config: Config) -> None:
+    other = tiny_config(f"data.uri={config.data.uri}", "model.image_size=16", "model.in_channels=3")
+    with pytest.raises(UserError) as caught:
+        open_run(other)
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "model.image_size",
+        "model.in_channels",
+    ]
+
+
 def test_an_empty_split_is_named(tmp_path: Path) -> None:
     shard = packed(random_images(3))
     put_dataset(tmp_path / "data", {"train": [shard], "test": []}, (1, 8, 8))
