@@ -84,16 +84,19 @@ class EMA:
             return self.decay.decay(step)
         return ema_decay(self.decay, self.warmup, step)
 
-    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move the averages towards the model's weights. step counts updates from 0 and sets the decay."""
-        weight = 1.0 - self.decay_at(step)
+        self.move(model, 1.0 - self.decay_at(step))
+
+    @torch.no_grad()
+    def move(self, model: nn.Module, share: float) -> None:
+        """ema ← (1 − share)·ema + share·weight, whatever the decay; 0 <= share <= 1."""
         source = model.state_dict()
         self._check_names(source)
         names = self._parameter_names
         averages = [self.tensors[name] for name in names]
         current = [source[name].detach().to(averages[i]) for i, name in enumerate(names)]
-        torch._foreach_lerp_(averages, current, weight)
+        torch._foreach_lerp_(averages, current, share)
         for name in self.tensors.keys() - set(names):
             self.tensors[name].copy_(source[name])
 

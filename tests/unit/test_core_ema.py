@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_core import EMA, ema_decay
-from ddpm_core.ema import HalfLife
+from ddpm_core import EMA, HalfLife, ema_decay
 
 
 class _Model(nn.Module):
