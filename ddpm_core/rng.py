@@ -25,8 +25,8 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 _TWO_POW_MINUS_32 = 2.0**-32
-# Five buffers of this many int64 stay near a core's cache, and one operation on one still dwarfs its dispatch.
-_BLOCKS_AT_ONCE = 2**16
+# Five buffers of this many int64 fit a core's cache, and an operation on one takes longer than its dispatch.
+_BLOCKS_AT_ONCE = 2**15
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
