@@ -10,8 +10,9 @@ from ddpm_core.bound import (
     discretized_gaussian_log_likelihood,
     prior_term,
 )
-from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.ema import EMA, HalfLife, ema_decay
 from ddpm_core.objectives import draw_timesteps, simple_loss
+from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
 from ddpm_core.predictions import (
     PredictionType,
     predict_eps,
@@ -35,14 +36,20 @@ __all__ = [
     "Prediction",
     "PredictionType",
     "ReverseProcess",
+    "HalfLife",
+    "PowerEMA",
+    "Profile",
     "Schedule",
     "ScheduleConfig",
     "SamplerConfig",
+    "Snapshot",
     "TrajectoryStep",
     "UNet",
     "UNetConfig",
     "VarianceType",
     "bound_term",
+    "combine_profiles",
+    "combine_tensors",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "ema_decay",
@@ -53,6 +60,7 @@ __all__ = [
     "prior_term",
     "q_posterior",
     "q_sample",
+    "reconstruct",
     "respace",
     "sample",
     "sampling_timesteps",

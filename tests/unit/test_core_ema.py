@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_core import EMA, ema_decay
+from ddpm_core import EMA, HalfLife, ema_decay
 
 
 class _Model(nn.Module):
@@ -129,3 +129,51 @@ def test_load_refuses_other_names_and_shapes_and_changes_nothing() -> None:
 def test_decay_is_checked(decay: float) -> None:
     with pytest.raises(ValueError, match=r"^decay: "):
         EMA(_Model(), decay=decay)
+
+
+@pytest.mark.parametrize("batch_size", [1, 50, 1000])
+def test_a_half_life_halves_a_weights_share(batch_size: int) -> None:
+    """Starting at 4 with the weight held at 0, the average is 2 after a half-life, 1 after two."""
+    model = _Model()
+    ema = EMA(model, HalfLife(images=1000, batch_size=batch_size))
+    _set(model, "weight", 0.0)
+    for step in range(2000 // batch_size):
+        ema.update(model, step)
+        expected = 4 * 0.5 ** ((step + 1) * batch_size / 1000)
+        assert float(ema.tensors["weight"][0, 0]) == pytest.approx(expected, rel=2e-4)
+
+
+def test_a_half_life_ramps_up_with_the_images_seen() -> None:
+    half_life = HalfLife(images=500_000, batch_size=100, ramp_ratio=0.05)
+    assert half_life.decay(0) == 0
+    assert half_life.decay(200) == pytest.approx(0.5 ** (100 / 1000), rel=1e-15)
+    # 5 % of 10⁷ images are the half-life itself
+    assert half_life.decay(99_999) < half_life.decay(100_000) == half_life.decay(10**9)
+    assert half_life.decay(10**9) == HalfLife(images=500_000, batch_size=100).decay(0) == 0.5 ** (1 / 5000)
+
+
+def test_with_a_ramp_nothing_of_the_initialisation_stays() -> None:
+    model = _Model()
+    ema = EMA(model, HalfLife(images=1e6, batch_size=10, ramp_ratio=0.05))
+    _set(model, "weight", 1.25)
+    for step in range(3):
+        ema.update(model, step)
+        assert torch.equal(ema.tensors["weight"], torch.full((2, 3), 1.25))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("images", lambda: HalfLife(0, 1)),
+        ("images", lambda: HalfLife(float("nan"), 1)),
+        ("images", lambda: HalfLife(float("inf"), 1)),
+        ("batch_size", lambda: HalfLife(100, 0)),
+        ("ramp_ratio", lambda: HalfLife(100, 1, 0.0)),
+        ("ramp_ratio", lambda: HalfLife(100, 1, float("inf"))),
+        ("step", lambda: HalfLife(100, 1).decay(-1)),
+        ("warmup", lambda: EMA(_Model(), HalfLife(100, 1), warmup=True)),
+    ],
+)
+def test_half_life_errors_name_the_argument(name: str, call) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        call()
