@@ -11,32 +11,37 @@ SHAPES = [(), (0,), (1,), (3,), (4,), (5,), (7, 1), (2, 3, 5), (1, 8, 8), (3, 17
 EXTREMES = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1, -1, -(2**63)])
 
 
-def _assert_all_equal(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...], draw: int) -> None:
+def _assert_same(ours: Tensor, reference: Tensor) -> None:
+    assert ours.dtype == reference.dtype
+    assert torch.equal(ours, reference)
+
+
+def _assert_all_same(seed: int, purpose: str, index: Tensor, shape: tuple[int, ...], draw: int) -> None:
     normal = reference.normal(seed, purpose, index, shape, draw=draw)
-    assert torch.equal(rng.normal(seed, purpose, index, shape, draw=draw), normal)
+    _assert_same(rng.normal(seed, purpose, index, shape, draw=draw), normal)
     for bits, dtype in [(24, torch.float32), (32, torch.float64)]:
         uniform = reference.uniform(seed, purpose, index, shape, draw=draw, bits=bits)
-        assert torch.equal(rng.uniform(seed, purpose, index, shape, draw=draw, dtype=dtype), uniform)
+        _assert_same(rng.uniform(seed, purpose, index, shape, draw=draw, dtype=dtype), uniform)
     for high in (1, 1000, 2**31):
         integers = reference.integers(seed, purpose, index, high, draw=draw)
-        assert torch.equal(rng.integers(seed, purpose, index, high, draw=draw), integers)
+        _assert_same(rng.integers(seed, purpose, index, high, draw=draw), integers)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 3, 32])
 def test_every_shape_and_batch(batch: int, shape: tuple[int, ...]) -> None:
-    _assert_all_equal(3, "noise", torch.arange(batch) + 5, shape, 0)
+    _assert_all_same(3, "noise", torch.arange(batch) + 5, shape, 0)
 
 
 @pytest.mark.parametrize(("batch", "shape"), [(128, (3, 32, 32)), (90, (2900,)), (2, (3, 300, 300))], ids=str)
 def test_a_batch_that_is_made_in_pieces(batch: int, shape: tuple[int, ...]) -> None:
-    _assert_all_equal(0, "noise", torch.arange(batch), shape, 0)
+    _assert_all_same(0, "noise", torch.arange(batch), shape, 0)
 
 
 @pytest.mark.parametrize("draw", [0, 1, 2**31, 2**32 - 1])
 @pytest.mark.parametrize(("seed", "purpose"), [(0, ""), (-1, "sample"), (2**70, "größer;2")])
 def test_extreme_keys_and_counters(seed: int, purpose: str, draw: int) -> None:
-    _assert_all_equal(seed, purpose, EXTREMES, (13,), draw)
+    _assert_all_same(seed, purpose, EXTREMES, (13,), draw)
 
 
 def test_philox_of_counters_that_broadcast() -> None:
