@@ -7,7 +7,6 @@ is decided by its own commit records, so a lost worker, a lost driver and a new 
 from __future__ import annotations
 
 import logging
-import tempfile
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from pipelines.config import parse_config
 from pipelines.errors import UserError, one_line
 from pipelines.logs import configure_worker_logging
+from pipelines.scratch import scratch_folder
 from pipelines.train import Run, open_run, train
 from pipelines.training import TrainingError
 
@@ -87,7 +87,7 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
     Raises `UserError` where the run can't go on.
     """
     config, workers = run.config, run.config.workers
-    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
+    with scratch_folder("ray-train") as scratch:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
