@@ -6,9 +6,12 @@ is decided by its own commit records, so a lost worker, a lost driver and a new 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -114,12 +117,34 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
             ),
         )
         try:
-            result = trainer.fit()
+            with _interruptible():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = error.__cause__ or error
             raise RunFailed(f"training failed: {_root_cause(error) or one_line(cause)}") from error
     if result.return_value:
         raise TrainingError(str(result.return_value))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interruption is a KeyboardInterrupt here as elsewhere.
+
+    While it trains, Ray answers Ctrl-C in a way of its own: it exits, with code 0 as if all were done, and goes on
+    doing so afterwards.
+    """
+    # a trial of a sweep runs in another thread, to which no signal comes
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not main:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _root_cause(error: BaseException) -> str | None:

@@ -142,6 +142,27 @@ def test_a_killed_job_submitted_again_is_the_undisturbed_run(stack: Stack) -> No
     assert {"config.yaml", "samples"} <= files
 
 
+def test_a_stopped_job_says_so_to_mlflow_and_can_go_on(stack: Stack) -> None:
+    overrides = ("train.steps=100000", "train.checkpoint_every=2", "train.eval_every=100000", "seed=8")
+    where = "storage=s3://ddpm/tests/stopped"
+    config, run = tiny_config(DATA, *overrides, where), tiny_run(DATA, *overrides, where)
+    job = submission.submit("train", [], config.to_yaml(), run="stopped", wait=False).job
+    deadline = time.monotonic() + 240
+    while not committed(run):
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        assert not submission.status(job.submission_id).terminal
+        time.sleep(0.2)
+    assert submission.stop(job.submission_id).status == "STOPPED"
+    told: list[str] = []
+    submission.logs(job.submission_id, write=told.append)
+    assert "ddpm train: interrupted; the same command goes on from here" in "".join(told)
+    found = MlflowClient(stack.mlflow_uri).get_run(tracked_as(run.storage))
+    assert found.info.status == "KILLED"
+    newest = Checkpoints(run.storage).newest_whole()
+    assert newest is not None
+    assert newest.step >= 2
+
+
 def test_two_trainers_of_one_run_tell_mlflow_each_step_once(stack: Stack) -> None:
     overrides = ("train.steps=60", "train.eval_every=60", "train.checkpoint_every=20", "seed=6")
     where = "storage=s3://ddpm/tests/twice"
