@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,11 +110,15 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=True, logging_level="warning")
     # RayError: a token that is missing or wrong
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"Ray cluster {address}: {one_line(error)}") from None
+    finally:
+        # Ray's own would end the program before anybody hears that it was stopped
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

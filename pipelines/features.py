@@ -5,10 +5,11 @@ says little about small grey digits. A distance goes with the classifier's `name
 `to_bytes` keeps the classifier so that the same yardstick measures the next sample set.
 """
 
+import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -117,7 +118,8 @@ def train_classifier(
 
     Cross-entropy, AdamW, a learning rate that rises and falls once, random shifts by up to 1/8 of a side. The
     number of steps is fixed, so the time does not grow with n. A pure function of its arguments on one
-    machine: the global random state is neither read nor changed. Raises ValueError naming the argument.
+    machine: the global random state is neither read nor changed, nor does the number of torch's threads matter.
+    Raises ValueError naming the argument.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: must be at least 2, got {num_classes!r}")
@@ -136,7 +138,7 @@ def train_classifier(
     network.initialise(generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=max(2, num_steps))
-    with torch.enable_grad():
+    with torch.enable_grad(), _one_thread():
         for _ in range(num_steps):
             rows = torch.randint(len(pixels), (batch_size,), generator=generator)
             batch = _shift(_to_network(pixels[rows].float()), generator)
@@ -144,8 +146,24 @@ def train_classifier(
             F.cross_entropy(network(batch), targets[rows]).backward()
             optimizer.step()
             rate.step()
-    network.standardise(pixels)
+        network.standardise(pixels)
     return Classifier(network)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch computes on one thread.
+
+    The steps are so small that threads spend their time waiting for each other: on two cores that were busy with
+    other work, 200 steps took 4 to 12 s on one thread and 140 s on two. And the sums' rounding, and with it
+    `identity`, depends on their number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _ConvNet(nn.Module):

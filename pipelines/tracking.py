@@ -8,6 +8,9 @@ not sent twice, and what it missed is sent when it answers again.
 from __future__ import annotations
 
 import json
+import os
+import socket
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +18,7 @@ from typing import Any, Protocol
 from pipelines.storage import ObjectMissing, Storage
 
 TRACKING_RECORD = "mlflow.json"
+TURN_RECORD = "tracker.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,32 @@ class RunDescription:
     tags: Mapping[str, str] = field(default_factory=dict)
     """Where it runs; may change when it goes on elsewhere."""
     parent_run_id: str | None = None
+
+
+class Turn:
+    """Whose turn it is to tell the server of a run: that of the tracker which was opened last.
+
+    Two trainers of one run, started twice or thought to be lost, compute the same rows, and the server would take
+    both.  Each tracker writes itself into the run's storage when it is opened, and is silent once it finds another
+    one there.
+    """
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+        self._id = uuid.uuid4().hex
+        mine = json.dumps({"tracker": self._id, "where": f"{socket.gethostname()}, process {os.getpid()}"})
+        self.taken_over = not run.put_if_absent(TURN_RECORD, mine.encode())
+        """Another tracker was opened before; it may have had a message on its way."""
+        if self.taken_over:
+            run.put(TURN_RECORD, mine.encode())
+
+    def successor(self) -> str | None:
+        """Where the tracker runs that has the turn now, or None while it is this one; raises `StorageError`."""
+        try:
+            record = json.loads(self._run.get(TURN_RECORD))
+        except ObjectMissing:
+            return None
+        return None if record["tracker"] == self._id else str(record["where"])
 
 
 class History:

@@ -6,10 +6,12 @@ is decided by its own commit records, so a lost worker, a lost driver and a new 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import tempfile
+import signal
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -24,6 +26,7 @@ from torch import Tensor
 from pipelines.config import parse_config
 from pipelines.errors import UserError, one_line
 from pipelines.logs import configure_worker_logging
+from pipelines.scratch import scratch_folder
 from pipelines.train import Run, open_run, train
 from pipelines.training import TrainingError
 
@@ -87,7 +90,7 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
     Raises `UserError` where the run can't go on.
     """
     config, workers = run.config, run.config.workers
-    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
+    with scratch_folder("ray-train") as scratch:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -114,12 +117,34 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
             ),
         )
         try:
-            result = trainer.fit()
+            with _interruptible():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = error.__cause__ or error
             raise RunFailed(f"training failed: {_root_cause(error) or one_line(cause)}") from error
     if result.return_value:
         raise TrainingError(str(result.return_value))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interruption is a KeyboardInterrupt here as elsewhere.
+
+    While it trains, Ray answers Ctrl-C in a way of its own: it exits, with code 0 as if all were done, and goes on
+    doing so afterwards.
+    """
+    # a trial of a sweep runs in another thread, to which no signal comes
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not main:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _root_cause(error: BaseException) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from typing import Any
 
 from ray import tune
@@ -14,6 +13,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from pipelines.config import Config, parse_config
 from pipelines.errors import one_line
+from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, open_storage
 from pipelines.train import claim, open_run
 from pipelines.training import TrainingError
@@ -40,7 +40,7 @@ def run_sweep(config: Config, storage: Storage, parent_run_id: str | None) -> li
     """Run the trials on the connected cluster, and say how each ended."""
     settings = config.tune
     own = own_point(config.schedule)
-    with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as scratch:
+    with scratch_folder("ray-tune") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(

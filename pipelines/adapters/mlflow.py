@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException, RestException
 
 from pipelines.errors import UserError, one_line, without_password
-from pipelines.storage import Storage
-from pipelines.tracking import TRACKING_RECORD, Row, RunDescription, flatten, tracked_as
+from pipelines.storage import Storage, StorageError
+from pipelines.tracking import TRACKING_RECORD, Row, RunDescription, Turn, flatten, tracked_as
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ def open_mlflow_run(uri: str, description: RunDescription, run: Storage) -> MLfl
         run_id = _recorded(client, run)
         if run_id is None:
             run_id = _create(client, description, run)
+        turn = Turn(run)
         client.update_run(run_id, status="RUNNING")
         for key, value in description.tags.items():
             client.set_tag(run_id, key, value)
-        return MLflowTracker(client, run_id, description.name)
+        return MLflowTracker(client, run_id, description.name, turn)
     except _AWAY as error:
         raise UserError(f"MLFLOW_TRACKING_URI {without_password(uri)}: {one_line(error)}") from None
 
@@ -141,29 +142,40 @@ def end_mlflow_run(uri: str, run: Storage, status: str) -> None:
 class MLflowTracker:
     """One MLflow run.  Not for several threads."""
 
-    def __init__(self, client: MlflowClient, run_id: str, name: str) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, name: str, turn: Turn) -> None:
         self._client = client
         self._name = name
         self.run_id = run_id
+        self._turn = turn
+        self._silent = False
         self._pending: list[Metric] = []
         self._away_until = 0.0
         self._pause_s = 1.0
         # a resumed run computes again what it had already sent
-        known = client.get_run(run_id).data.metrics
-        self._sent = {key: max(m.step for m in client.get_metric_history(run_id, key)) for key in known}
+        self._sent = self._known()
+        self._look_again = turn.taken_over
+
+    def _known(self) -> dict[str, int]:
+        """The last step of each metric that the server has."""
+        keys = self._client.get_run(self.run_id).data.metrics
+        return {key: max(m.step for m in self._client.get_metric_history(self.run_id, key)) for key in keys}
 
     def log(self, rows: Iterable[Row]) -> None:
+        if self._silent:
+            return
         now_ms = int(time.time() * 1000)
         for row in rows:
             for key, value in row.metrics.items():
                 if row.step > self._sent.get(key, -1):
                     self._pending.append(Metric(key, float(value), now_ms, row.step))
                     self._sent[key] = row.step
-        if time.monotonic() >= self._away_until:
+        if self._pending and time.monotonic() >= self._away_until:
             self._flush()
 
     def _flush(self) -> bool:
         """Send what is pending; what the server did not take stays pending."""
+        if self._pending and not self._may_send():
+            return self._silent
         while self._pending:
             batch = self._pending[:_METRICS_A_CALL]
             if not self._try("metrics", partial(self._client.log_batch, self.run_id, metrics=batch)):
@@ -171,28 +183,62 @@ class MLflowTracker:
             del self._pending[: len(batch)]
         return True
 
+    def _may_send(self) -> bool:
+        """It is this tracker's turn, and nothing that is pending has come from the one before it."""
+        if not self._has_turn():
+            return False
+        if self._look_again:
+            # by now what the one before had on its way has arrived
+            if not self._try("the question what it has", self._drop_known):
+                return False
+            self._look_again = False
+        return True
+
+    def _drop_known(self) -> None:
+        known = self._known()
+        self._pending = [metric for metric in self._pending if metric.step > known.get(metric.key, -1)]
+        self._sent |= {key: max(step, self._sent.get(key, -1)) for key, step in known.items()}
+
+    def _has_turn(self) -> bool:
+        if not self._silent:
+            try:
+                successor = self._turn.successor()
+            except StorageError as error:
+                self._wait(f"whose turn it is to track {self._name} is not known", error)
+                return False
+            if successor is not None:
+                log.warning(
+                    "another trainer of %s was started (%s); that one tells MLflow of the run from here on, "
+                    "and this one does not; stop one of them",
+                    self._name,
+                    successor,
+                )
+                self._silent = True
+                self._pending.clear()
+        return not self._silent
+
+    def _wait(self, what: str, error: Exception) -> None:
+        log.warning("%s: %s", what, one_line(error, 160))
+        self._away_until = time.monotonic() + self._pause_s
+        self._pause_s = min(60.0, self._pause_s * 2)
+
     def _try(self, what: str, call: Callable[[], Any]) -> bool:
         try:
             call()
         except _AWAY as error:
-            log.warning("MLflow did not take %s of %s: %s", what, self._name, one_line(error, 160))
-            self._away_until = time.monotonic() + self._pause_s
-            self._pause_s = min(60.0, self._pause_s * 2)
+            self._wait(f"MLflow did not take {what} of {self._name}", error)
             return False
         self._pause_s = 1.0
         return True
 
     def artifact(self, path: str, data: bytes) -> None:
+        if not self._has_turn():
+            return
         folder, _, name = path.rpartition("/")
         with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
             file = Path(scratch) / name
             file.write_bytes(data)
             self._try(path, lambda: self._client.log_artifact(self.run_id, str(file), folder or None))
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        self._try(
-            "tags", lambda: self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in tags.items()])
-        )
 
     def finish(self, *, failed: bool) -> None:
         if not self._flush():
@@ -202,5 +248,6 @@ class MLflowTracker:
                 len(self._pending),
                 self._name,
             )
-        status = "FAILED" if failed else "FINISHED"
-        self._try("its end", lambda: self._client.set_terminated(self.run_id, status))
+        if self._has_turn():
+            status = "FAILED" if failed else "FINISHED"
+            self._try("its end", lambda: self._client.set_terminated(self.run_id, status))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -15,6 +17,7 @@ from mlflow import MlflowClient
 from infra.local import Stack
 from jobs import submission
 from pipelines.checkpoints import Checkpoints
+from pipelines.tracking import tracked_as
 from pipelines.train import Run, open_run
 from pipelines.training import Learner
 from tests.support.jobs import committed, ddpm, losses, settings, succeeded, tiny_config, tiny_run
@@ -137,6 +140,43 @@ def test_a_killed_job_submitted_again_is_the_undisturbed_run(stack: Stack) -> No
     assert runs[0].data.tags["ddpm.dataset_identity"] == whole.dataset.identity
     files = {item.path for item in client.list_artifacts(runs[0].info.run_id)}
     assert {"config.yaml", "samples"} <= files
+
+
+def test_a_stopped_job_says_so_to_mlflow_and_can_go_on(stack: Stack) -> None:
+    overrides = ("train.steps=100000", "train.checkpoint_every=2", "train.eval_every=100000", "seed=8")
+    where = "storage=s3://ddpm/tests/stopped"
+    config, run = tiny_config(DATA, *overrides, where), tiny_run(DATA, *overrides, where)
+    job = submission.submit("train", [], config.to_yaml(), run="stopped", wait=False).job
+    deadline = time.monotonic() + 240
+    while not committed(run):
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        assert not submission.status(job.submission_id).terminal
+        time.sleep(0.2)
+    assert submission.stop(job.submission_id).status == "STOPPED"
+    told: list[str] = []
+    submission.logs(job.submission_id, write=told.append)
+    assert "ddpm train: interrupted; the same command goes on from here" in "".join(told)
+    found = MlflowClient(stack.mlflow_uri).get_run(tracked_as(run.storage))
+    assert found.info.status == "KILLED"
+    newest = Checkpoints(run.storage).newest_whole()
+    assert newest is not None
+    assert newest.step >= 2
+
+
+def test_two_trainers_of_one_run_tell_mlflow_each_step_once(stack: Stack) -> None:
+    overrides = ("train.steps=60", "train.eval_every=60", "train.checkpoint_every=20", "seed=6")
+    where = "storage=s3://ddpm/tests/twice"
+    command = [sys.executable, "-m", "jobs", "train", *settings(DATA, *overrides, where), "--local"]
+    trainers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [trainer.communicate(timeout=200)[1] for trainer in trainers]
+    assert [trainer.returncode for trainer in trainers] == [0, 0], said
+    run = tiny_run(DATA, *overrides, where)
+    assert committed(run) == [20, 40, 60]
+    client = MlflowClient(stack.mlflow_uri)
+    history = client.get_metric_history(tracked_as(run.storage), "loss")
+    assert Counter(metric.step for metric in history) == Counter(range(1, 61))
+    assert client.get_run(tracked_as(run.storage)).info.status == "FINISHED"
+    assert sum(text.count("another trainer of") for text in said) <= 1
 
 
 def test_train_local_runs_without_ray(stack: Stack) -> None:

@@ -421,6 +421,31 @@ def test_a_cluster_that_refuses_us(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_polite_signal_stays_an_interruption_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**options: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+
+    monkeypatch.setattr(ray, "init", init)
+    signal.signal(signal.SIGTERM, cli._interrupt)
+    with pytest.raises(KeyboardInterrupt), common.ray_cluster("auto"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_rays_exit_on_an_interruption_is_one_as_well() -> None:
+    from pipelines.train_ray import _interruptible
+
+    def interrupted_fit() -> None:
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), _interruptible():
+        interrupted_fit()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_tracking_server_that_does_not_answer(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:
     os.environ["MLFLOW_TRACKING_URI"] = uri = f"http://127.0.0.1:{free_port()}"
     found = mistake_after_output(ddpm("train", *tiny, "--local"))

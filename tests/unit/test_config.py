@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,32 @@ def test_cifar10_has_the_published_hyper_parameters() -> None:
         5000,
     )
     assert (config.model.dropout, config.data.flip, config.optimizer.adam_betas) == (0.1, True, (0.9, 0.999))
+
+
+def laptop_overrides() -> list[str]:
+    """The settings of cifar10.yaml with a value for a laptop, as overrides with that value."""
+    found, section = [], ""
+    for line in (CONFIGS / "cifar10.yaml").read_text().splitlines():
+        if named := re.fullmatch(r"(\w+):", line):
+            section = f"{named[1]}."
+        elif marked := re.fullmatch(r"( *)(\w+): \S+  # laptop: (\S+)", line):
+            found.append(f"{section if marked[1] else ''}{marked[2]}={marked[3]}")
+        else:
+            assert line.startswith("#") or "laptop" not in line, line
+    return found
+
+
+def test_cifar10_on_a_laptop() -> None:
+    overrides = laptop_overrides()
+    config, published = load_config("cifar10.yaml", overrides), load_config("cifar10.yaml")
+    assert (config.workers.num, config.workers.gpus) == (1, 0)
+    assert not config.storage.startswith("s3://")
+    assert not config.data.uri.startswith("s3://")
+    # each is another value than the published one, and the README names exactly these
+    assert all(load_config("cifar10.yaml", [one]) != published for one in overrides if "unit_size" not in one)
+    readme = (CONFIGS.parents[1] / "README.md").read_text()
+    told = readme.partition("These must change:")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"`([a-z_.]+)`", told)) == sorted(one.split("=")[0] for one in overrides)
 
 
 def test_a_file_of_ones_own_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

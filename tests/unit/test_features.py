@@ -40,6 +40,28 @@ def quick(seed: int = 0, shape: tuple[int, int, int] = (1, 8, 8)) -> Classifier:
     return train_classifier(images, np.arange(12) % 3, seed=seed, num_classes=3, num_steps=3, batch_size=8)
 
 
+def test_training_takes_one_thread_and_leaves_their_number_as_it_was(monkeypatch):
+    """What comes out must not depend on the cores at hand, nor the time on what else is busy on them."""
+    numbers = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *arguments):
+        numbers.append(torch.get_num_threads())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    torch.set_num_threads(2)
+    try:
+        quick()
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="labels"):
+            train_classifier(np.zeros((2, 1, 8, 8), np.uint8), [0, 0], seed=0, num_classes=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert numbers == [1, 1, 1]
+
+
 def test_tells_held_out_digits_apart(classifier, digits):
     assert classifier.accuracy(digits[2], digits[3]) >= 0.97
 

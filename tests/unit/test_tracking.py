@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from pipelines.adapters import mlflow as adapter
 from pipelines.errors import UserError
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import FileStorage, Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, flatten, open_tracker
 from tests.support.s3 import free_port
 
@@ -435,3 +435,84 @@ def test_a_refusal_that_is_none_of_ours_is_told(
         opened(run)
     # the record of the run stays
     assert run.exists("mlflow.json")
+
+
+# --- two trainers of one run ---
+
+
+def sent_steps(server: FakeServer) -> list[int]:
+    return [step for key, step, _ in server.metrics(server.only["id"]) if key == "loss"]
+
+
+def test_of_two_trainers_the_last_one_started_tells_and_each_row_comes_once(
+    run: Storage, server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    first = opened(run)
+    first.log(rows(1, 2))
+    second = opened(run)
+    with caplog.at_level(logging.WARNING, "pipelines"):
+        for step in range(1, 6):
+            second.log(rows(step))
+            first.log(rows(step + 2))
+        first.artifact("samples/a.png", b"first")
+        second.artifact("samples/a.png", b"second")
+    assert sent_steps(server) == [1, 2, 3, 4, 5]
+    assert server.only["files"] == {"samples/a.png": b"second"}
+    [message] = caplog.messages
+    assert message.startswith("another trainer of tiny-123 was started (")
+    # nor does the end of the first one end the run
+    first.finish(failed=True)
+    assert server.only["status"] == "RUNNING"
+    second.finish(failed=False)
+    assert server.only["status"] == "FINISHED"
+    assert caplog.messages == [message]
+
+
+def test_what_the_first_one_had_on_its_way_is_not_sent_again(
+    run: Storage, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one starts after the first has looked whose turn it is, and before its message arrives."""
+    first = opened(run)
+    second: list[Tracker] = []
+    log_batch = FakeClient.log_batch
+
+    def overtaken(self: FakeClient, run_id: str, **what: Any) -> None:
+        monkeypatch.setattr(FakeClient, "log_batch", log_batch)
+        second.append(opened(run))
+        log_batch(self, run_id, **what)
+
+    monkeypatch.setattr(FakeClient, "log_batch", overtaken)
+    first.log(rows(1, 2))
+    second[0].log(rows(1))
+    second[0].log(rows(2, 3))
+    assert sent_steps(server) == [1, 2, 3]
+
+
+def test_what_the_silent_one_left_is_sent_at_the_next_start(run: Storage, server: FakeServer) -> None:
+    """Both save the same history; the one that tells dies, and the other trains on in silence."""
+    first = opened(run)
+    second = opened(run)
+    second.log(rows(1))
+    first.log(rows(1, 2, 3))
+    assert sent_steps(server) == [1]
+    opened(run).log(rows(1, 2, 3, 4))
+    assert sent_steps(server) == [1, 2, 3, 4]
+
+
+def test_while_storage_is_away_nothing_is_sent_and_nothing_lost(
+    run: Storage, server: FakeServer, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = opened(run)
+    get = FileStorage.get
+
+    def away(self: FileStorage, key: str) -> bytes:
+        raise StorageError("away")
+
+    monkeypatch.setattr(FileStorage, "get", away)
+    tracker.log(rows(1))
+    assert sent_steps(server) == []
+    monkeypatch.setattr(FileStorage, "get", get)
+    clock[0] += 100
+    tracker.log(rows(2))
+    assert sent_steps(server) == [1, 2]
