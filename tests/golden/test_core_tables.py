@@ -9,6 +9,8 @@ from ddpm_core import Schedule, ScheduleConfig, rng
 
 LINEAR_1000 = ScheduleConfig()
 LINEAR_4000 = ScheduleConfig(num_timesteps=4000, beta_start=0.25e-4, beta_end=0.005)
+LINEAR_SCALED_4000 = ScheduleConfig("linear_scaled", 4000)
+SCALED_LINEAR_1000 = ScheduleConfig("scaled_linear", beta_start=0.00085, beta_end=0.012)
 COSINE_1000 = ScheduleConfig(kind="cosine")
 COSINE_4000 = ScheduleConfig(kind="cosine", num_timesteps=4000)
 
@@ -18,6 +20,8 @@ COSINE_4000 = ScheduleConfig(kind="cosine", num_timesteps=4000)
     [
         (LINEAR_1000, 0.9999, 0.077796658365, 4.0358297653756754e-05, -10.117673),
         (LINEAR_4000, 0.999975, 0.0787464752, 4.2466522758e-5, -10.066752),
+        (LINEAR_SCALED_4000, 0.999975, 0.0787464752, 4.2466522758e-5, -10.066752),
+        (SCALED_LINEAR_1000, 0.99915, 0.276332683823, 0.00466009851308, -5.364048),
         (COSINE_1000, 0.999958715775, 0.492285172449, 2.42876690703e-9, -19.835882),
         (COSINE_4000, 0.999990134181, 0.493453979674, 1.51798046885e-10, -22.608470),
     ],
@@ -54,6 +58,21 @@ def test_cosine_betas() -> None:
 def test_a_fixed_beta_range_with_few_steps(num_timesteps: int, last: float) -> None:
     schedule = Schedule.from_config(ScheduleConfig(num_timesteps=num_timesteps))
     assert float(schedule.alphas_cumprod[-1]) == pytest.approx(last, rel=3e-5)
+
+
+def test_rescaling_the_range_breaks_the_other_way() -> None:
+    assert float(Schedule.from_config(ScheduleConfig("linear_scaled", 20)).betas[-1]) == 1.0
+    with pytest.raises(ValueError, match=r"^beta_end: must be at most 0.01 .*, got 0.02$"):
+        ScheduleConfig("linear_scaled", 10)
+
+
+def test_zero_noise_of_a_product_in_bfloat16() -> None:
+    """What the tables are kept in float64 for: ᾱ cast to bf16 leaves no noise at ten timesteps, gather at none."""
+    schedule = Schedule.from_config(LINEAR_1000)
+    assert int((1 - schedule.alphas_cumprod.to(torch.bfloat16) == 0).sum()) == 10
+    like = torch.zeros(1000, 1, dtype=torch.bfloat16)
+    gathered = schedule.gather(schedule.sqrt_one_minus_alphas_cumprod, torch.arange(1000), like)
+    assert int((gathered == 0).sum()) == 0
 
 
 def test_posterior() -> None:
