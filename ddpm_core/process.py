@@ -50,6 +50,13 @@ class LinearGaussianProcess:
         and ln b give. Raises ValueError naming the argument that is wrong.
         """
         _check_tables(log_a, log_b)
+        for name, table in (
+            ("log_snr", log_snr),
+            ("snr_loss", snr_loss),
+            ("total_variance", total_variance),
+        ):
+            if table is not None:
+                check_same_shape(name, table, "log_a", log_a)
         self.log_a, self.log_b = _own(log_a), _own(log_b)
         self.log_snr = 2.0 * (self.log_a - self.log_b) if log_snr is None else _own(log_snr)
         rising = (self.log_snr.diff() >= 0).nonzero()

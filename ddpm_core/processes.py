@@ -2,9 +2,9 @@
 
 Two processes with one log-SNR λ are one process in two scales: x_t/√(a² + b²) has the same law in both. So the
 posterior, the bound of a network with the same x̂_0 at each λ, and ancestral sampling with the variance types
-"fixed_small" and "analytic" are the same in all of them. "fixed_large" is the variance of q's own step, β_t or
-b_t²·(1 − SNR_t/SNR_{t−1}), which is 1/(b_{t−1}/b_t)² times β̃_t: that ratio depends on the scale, and so does its
-bound (and that of "learned_range", which ends there).
+"fixed_small" and "analytic" are the same in all of them. "fixed_large" is the variance of q's own step,
+(b_t/b_{t−1})² times β̃_t: that ratio depends on the scale, and so do its bound and its samples, and those of
+"learned_range", whose range it ends.
 
 Whether x_T can be drawn without the data is what `LinearGaussianProcess.warnings` says.
 """

@@ -24,8 +24,9 @@ def respaced_timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "l
     "quadratic": (T − 1)·(i/(S − 1))², but at least i: both ends included, finer near the data; S = 1 as for
     linspace. Halves round up.
 
-    The names and values are those of diffusers' `timestep_spacing` (there in falling order), except that halves
-    round to even there, and that linspace with S = 1 is 0 there.
+    The names and values are those of diffusers' `timestep_spacing` (there in falling order), except that there
+    halves round to even, linspace with S = 1 is 0, and trailing may come with one step more, −1, from rounded
+    floats.
     Raises ValueError naming spacing, or num_steps if it is not in 1..T.
     """
     require(

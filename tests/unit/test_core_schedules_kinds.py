@@ -105,9 +105,7 @@ def test_every_kind_at_few_and_at_many_steps(kind: ScheduleKind, num_timesteps: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_arrives_in_low_precision(kind: ScheduleKind, dtype: torch.dtype) -> None:
-    schedule = Schedule.from_config(
-        _config(kind, T if kind in ("betas", "alphas_cumprod", "inverse") else 4000)
-    )
+    schedule = Schedule.from_config(_config(kind, T if kind in ("betas", "alphas_cumprod") else 4000))
     num = schedule.num_timesteps
     t = torch.arange(num)
     x_start = torch.linspace(-1, 1, 33, dtype=dtype).expand(num, 33)
@@ -241,6 +239,13 @@ def test_given_tables_that_are_no_schedule(make, name: str, table: list) -> None
 def test_numbers_that_make_no_schedule_of_that_kind(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{message}"):
         ScheduleConfig(**{"num_timesteps": T, **fields})
+
+
+def test_tables_of_different_lengths() -> None:
+    with pytest.raises(
+        ValueError, match=r"^log_alphas_cumprod: must have the shape of betas, \[2\], got \[3\]$"
+    ):
+        Schedule(torch.tensor([0.1, 0.2]), log_alphas_cumprod=torch.zeros(3))
 
 
 def test_fields_of_other_kinds_are_ignored() -> None:
