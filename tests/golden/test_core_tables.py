@@ -32,24 +32,24 @@ def test_alphas_cumprod(
     schedule = Schedule.from_config(config)
     table = schedule.alphas_cumprod
     assert table.dtype == torch.float64
-    assert float(table[0]) == pytest.approx(first, rel=1e-9)
-    assert float(table[config.num_timesteps // 2]) == pytest.approx(middle, rel=1e-9)
-    assert float(table[-1]) == pytest.approx(last, rel=1e-9)
+    assert float(table[0]) == pytest.approx(first, rel=1e-9, abs=0)
+    assert float(table[config.num_timesteps // 2]) == pytest.approx(middle, rel=1e-9, abs=0)
+    assert float(table[-1]) == pytest.approx(last, rel=1e-9, abs=0)
     assert float(schedule.log_snr[-1]) == pytest.approx(last_log_snr, abs=5e-7)
 
 
 def test_scaled_linear_given_as_betas() -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
     schedule = Schedule.from_betas(betas)
-    assert float(schedule.alphas_cumprod[0]) == pytest.approx(0.99915, rel=1e-9)
-    assert float(schedule.alphas_cumprod[500]) == pytest.approx(0.276332683823, rel=1e-9)
-    assert float(schedule.alphas_cumprod[-1]) == pytest.approx(0.00466009851308, rel=1e-9)
+    assert float(schedule.alphas_cumprod[0]) == pytest.approx(0.99915, rel=1e-9, abs=0)
+    assert float(schedule.alphas_cumprod[500]) == pytest.approx(0.276332683823, rel=1e-9, abs=0)
+    assert float(schedule.alphas_cumprod[-1]) == pytest.approx(0.00466009851308, rel=1e-9, abs=0)
     assert float(schedule.log_snr[-1]) == pytest.approx(-5.364048, abs=5e-7)
 
 
 def test_cosine_betas() -> None:
     betas = Schedule.from_config(COSINE_1000).betas
-    assert float(betas[0]) == pytest.approx(4.128422482e-5, rel=1e-9)
+    assert float(betas[0]) == pytest.approx(4.128422482e-5, rel=1e-9, abs=0)
     assert int((betas == 0.999).sum()) == 1
     assert float(betas[-1]) == 0.999
 
@@ -57,7 +57,7 @@ def test_cosine_betas() -> None:
 @pytest.mark.parametrize(("num_timesteps", "last"), [(100, 0.36356), (200, 0.13218), (500, 0.0063527)])
 def test_a_fixed_beta_range_with_few_steps(num_timesteps: int, last: float) -> None:
     schedule = Schedule.from_config(ScheduleConfig(num_timesteps=num_timesteps))
-    assert float(schedule.alphas_cumprod[-1]) == pytest.approx(last, rel=3e-5)
+    assert float(schedule.alphas_cumprod[-1]) == pytest.approx(last, rel=3e-5, abs=0)
 
 
 def test_rescaling_the_range_breaks_the_other_way() -> None:
@@ -81,13 +81,15 @@ def test_posterior() -> None:
         (1, 0.54529149951, 0.454708498991, 5.4531876613e-5),
         (500, 0.00305805707563, 0.994104350757, 0.0100513357789),
     ]:
-        assert float(schedule.posterior_mean_coef1[t]) == pytest.approx(coef1, rel=1e-9)
-        assert float(schedule.posterior_mean_coef2[t]) == pytest.approx(coef2, rel=1e-9)
-        assert float(schedule.posterior_variance[t]) == pytest.approx(variance, rel=1e-9)
-    assert float(schedule.posterior_variance[487]) == pytest.approx(0.00979157, rel=1e-6)
+        assert float(schedule.posterior_mean_coef1[t]) == pytest.approx(coef1, rel=1e-9, abs=0)
+        assert float(schedule.posterior_mean_coef2[t]) == pytest.approx(coef2, rel=1e-9, abs=0)
+        assert float(schedule.posterior_variance[t]) == pytest.approx(variance, rel=1e-9, abs=0)
+    assert float(schedule.posterior_variance[487]) == pytest.approx(0.00979157, rel=1e-6, abs=0)
     assert float(schedule.posterior_variance[0]) == 0.0
     for t in (0, 1):
-        assert float(schedule.posterior_log_variance_clipped[t]) == pytest.approx(-9.8167251353, rel=1e-9)
+        assert float(schedule.posterior_log_variance_clipped[t]) == pytest.approx(
+            -9.8167251353, rel=1e-9, abs=0
+        )
 
 
 @pytest.mark.parametrize(
@@ -96,14 +98,14 @@ def test_posterior() -> None:
 def test_prior_term(num_timesteps: int, x: float, bits: float) -> None:
     schedule = Schedule.from_config(ScheduleConfig(num_timesteps=num_timesteps))
     got = schedule.prior_bits_per_dim(torch.full((2, 3, 4, 4), x, dtype=torch.float64))
-    assert got.tolist() == pytest.approx([bits] * 2, rel=1e-4)
+    assert got.tolist() == pytest.approx([bits] * 2, rel=1e-4, abs=0)
 
 
 def test_prior_term_does_not_cancel_at_the_cosine_end_point() -> None:
     last = 2.42876690703e-9
     schedule = Schedule.from_config(COSINE_1000)
     got = schedule.prior_bits_per_dim(torch.zeros(1, 1, dtype=torch.float64))
-    assert float(got) == pytest.approx(last**2 / 4 / math.log(2), rel=1e-8)
+    assert float(got) == pytest.approx(last**2 / 4 / math.log(2), rel=1e-8, abs=0)
 
 
 def test_random_numbers_do_not_change_between_versions() -> None:

@@ -169,7 +169,7 @@ def test_the_prior_of_a_path_has_the_variance_of_the_process() -> None:
     total = 0.49 + 9.0
     expected = -0.5 * (1.1**2 / total + math.log(2 * math.pi * total))
     expected += -0.5 * ((0.3 + 0.55) ** 2 / 0.04 + math.log(2 * math.pi * 0.04))
-    assert got == pytest.approx(expected, rel=1e-12)
+    assert got == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -75,11 +75,11 @@ def _expected(kind: str) -> list[float]:
 def test_the_equation_of_each_kind(kind: ScheduleKind) -> None:
     schedule = Schedule.from_config(_config(kind))
     assert schedule.betas.dtype == torch.float64
-    assert schedule.betas.tolist() == pytest.approx(_expected(kind), rel=1e-10)
+    assert schedule.betas.tolist() == pytest.approx(_expected(kind), rel=1e-10, abs=0)
     survived = 1.0
     for t, beta in enumerate(_expected(kind)):
         survived *= 1.0 - beta
-        assert float(schedule.alphas_cumprod[t]) == pytest.approx(survived, rel=1e-9)
+        assert float(schedule.alphas_cumprod[t]) == pytest.approx(survived, rel=1e-9, abs=0)
 
 
 def test_every_kind_has_one_function() -> None:
@@ -132,18 +132,18 @@ def test_the_digits_of_the_curves() -> None:
         for t in (0, 1, 7, 2000, 3998):
             before, after = (logistic(-3 + 6 * Decimal(t + step) / num) for step in (0, 1))
             expected = (after - before) / (logistic(Decimal(3)) - before)
-            assert float(betas[t]) == pytest.approx(float(expected), rel=2e-12)
+            assert float(betas[t]) == pytest.approx(float(expected), rel=2e-12, abs=0)
         # Σ over all steps of ln(1 − β) is ln ᾱ; the product of 4000 factors in 40 digits
         schedule = Schedule.from_config(ScheduleConfig("cosine", num))
         survived = Decimal(1)
         for t, beta in enumerate(schedule.betas.tolist()):
             survived *= 1 - Decimal(beta)
             if t in (0, 1, 10, 2000, 3999):
-                assert float(schedule.alphas_cumprod[t]) == pytest.approx(float(survived), rel=1e-13)
+                assert float(schedule.alphas_cumprod[t]) == pytest.approx(float(survived), rel=1e-13, abs=0)
                 left = float(1 - survived)
-                assert float(schedule.one_minus_alphas_cumprod[t]) == pytest.approx(left, rel=1e-14)
+                assert float(schedule.one_minus_alphas_cumprod[t]) == pytest.approx(left, rel=1e-14, abs=0)
                 ratio = float((survived / (1 - survived)).ln())
-                assert float(schedule.log_snr[t]) == pytest.approx(ratio, rel=1e-13)
+                assert float(schedule.log_snr[t]) == pytest.approx(ratio, rel=1e-13, abs=0)
 
 
 # ---- given tables
@@ -157,7 +157,7 @@ def test_given_alphas_cumprod_are_kept() -> None:
     with localcontext() as context:
         context.prec = 40
         left = [float(1 - Decimal(value)) for value in table.tolist()]
-    assert schedule.one_minus_alphas_cumprod.tolist() == pytest.approx(left, rel=1e-14)
+    assert schedule.one_minus_alphas_cumprod.tolist() == pytest.approx(left, rel=1e-14, abs=0)
     again = Schedule.from_alphas_cumprod(Schedule.from_config(ScheduleConfig()).alphas_cumprod)
     torch.testing.assert_close(again.betas, Schedule.from_config(ScheduleConfig()).betas, rtol=1e-11, atol=0)
     ends = Schedule.from_alphas_cumprod(torch.tensor([0.5, 0.0]))
@@ -177,10 +177,10 @@ def test_a_given_log_snr_is_kept_at_both_extremes() -> None:
         before = [Decimal(1), *(x / (1 + x) for x in snr)]
         alphas = [float(after / b) for b, after in itertools.pairwise(before)]
         betas = [float(1 - after / b) for b, after in itertools.pairwise(before)]
-    assert schedule.alphas_cumprod.tolist() == pytest.approx(kept, rel=1e-13)
-    assert schedule.one_minus_alphas_cumprod.tolist() == pytest.approx(left, rel=1e-13)
-    assert schedule.alphas.tolist() == pytest.approx(alphas, rel=1e-13)
-    assert schedule.betas.tolist() == pytest.approx(betas, rel=1e-13)
+    assert schedule.alphas_cumprod.tolist() == pytest.approx(kept, rel=1e-13, abs=0)
+    assert schedule.one_minus_alphas_cumprod.tolist() == pytest.approx(left, rel=1e-13, abs=0)
+    assert schedule.alphas.tolist() == pytest.approx(alphas, rel=1e-13, abs=0)
+    assert schedule.betas.tolist() == pytest.approx(betas, rel=1e-13, abs=0)
     # two steps over ratios of 4e-18 and 1e-113 keep β below 1, as an ε-schedule needs
     assert bool((schedule.betas < 1).all())
     end = Schedule.from_log_snr(torch.tensor([2.0, -math.inf], dtype=torch.float64))
@@ -278,7 +278,7 @@ def test_rescaling_to_zero_terminal_snr(kind: ScheduleKind) -> None:
     root = schedule.alphas_cumprod.sqrt()
     moved = (root - root[-1]) * root[0] / (root[0] - root[-1])
     torch.testing.assert_close(ended.sqrt_alphas_cumprod, moved, rtol=1e-10, atol=1e-15)
-    assert ended.betas[0] == pytest.approx(float(schedule.betas[0]), rel=1e-13)
+    assert ended.betas[0] == pytest.approx(float(schedule.betas[0]), rel=1e-13, abs=0)
     assert float(ended.betas[-1]) == 1.0
     assert float(ended.alphas_cumprod[-1]) == 0.0
     assert ended.ends_without_signal
@@ -302,8 +302,10 @@ def test_rescaling_keeps_the_digits_near_the_data() -> None:
             root.append(survived.sqrt())
         for t in (0, 1, 5, 100, 2000, 3998):
             kept = ((root[t] - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-            assert float(ended.one_minus_alphas_cumprod[t]) == pytest.approx(float(1 - kept), rel=1e-12)
-            assert float(ended.alphas_cumprod[t]) == pytest.approx(float(kept), rel=1e-11)
+            assert float(ended.one_minus_alphas_cumprod[t]) == pytest.approx(
+                float(1 - kept), rel=1e-12, abs=0
+            )
+            assert float(ended.alphas_cumprod[t]) == pytest.approx(float(kept), rel=1e-11, abs=0)
 
 
 def test_one_step_cannot_be_rescaled_unless_it_ends_already() -> None:
