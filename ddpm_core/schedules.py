@@ -72,9 +72,17 @@ class Schedule(LinearGaussianProcess):
             self.alphas = torch.exp(self.log_alphas_cumprod - shifted(self.log_alphas_cumprod, 0.0))
         # 1 − ᾱ is taken from ln ᾱ: the difference of two rounded numbers would lose digits near t = 0.
         self.one_minus_alphas_cumprod = -torch.expm1(self.log_alphas_cumprod)
+        log_noise = self.one_minus_alphas_cumprod.log()
+        log_snr = self.log_alphas_cumprod - log_noise
+        if log_alphas_cumprod is None and bool((log_snr.diff() >= 0).any()):
+            at = _first(log_snr.diff() >= 0) + 1
+            raise ValueError(
+                f"betas: must be large enough to lower the log-SNR in float64, got {float(betas[at])} at {at}"
+            )
         super().__init__(
             0.5 * self.log_alphas_cumprod,
-            0.5 * self.one_minus_alphas_cumprod.log(),
+            0.5 * log_noise,
+            log_snr=log_snr,
             snr_loss=self.betas / self.one_minus_alphas_cumprod,
             total_variance=torch.ones_like(self.betas),
         )
@@ -169,19 +177,16 @@ class Schedule(LinearGaussianProcess):
 
     def warnings(self) -> list[str]:
         """What a user should know before training with this schedule: plain sentences, mostly none."""
-        said = []
         bits = self.worst_prior_bits_per_dim
-        if bits > PRIOR_WARNING_BITS_PER_DIM:
-            config = self.config or ScheduleConfig(
-                "betas", self.num_timesteps, betas=tuple(self.betas.tolist())
-            )
-            changes = remedies(config, Schedule.from_config)
-            said.append(
-                f"x_T is not close to N(0, I): alphas_cumprod ends at {float(self.alphas_cumprod[-1]):.3g} (prior "
-                f"term up to {bits:.2g} bits/dim, should be below {PRIOR_WARNING_BITS_PER_DIM:g}), so sampling "
-                f"starts from noise that training never saw; {', or '.join(change.text for change in changes)}"
-            )
-        return said
+        if bits <= PRIOR_WARNING_BITS_PER_DIM:
+            return []
+        config = self.config or ScheduleConfig("betas", self.num_timesteps, betas=tuple(self.betas.tolist()))
+        changes = remedies(config, Schedule.from_config)
+        return [
+            f"x_T is not close to N(0, I): alphas_cumprod ends at {float(self.alphas_cumprod[-1]):.3g} (prior term "
+            f"up to {bits:.2g} bits/dim, should be below {PRIOR_WARNING_BITS_PER_DIM:g}), so sampling starts from "
+            f"noise that training never saw; {', or '.join(change.text for change in changes)}"
+        ]
 
 
 def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:

@@ -241,6 +241,24 @@ def test_numbers_that_make_no_schedule_of_that_kind(fields: dict, message: str) 
         ScheduleConfig(**{"num_timesteps": T, **fields})
 
 
+@pytest.mark.parametrize(
+    "betas", [[0.5, 1e-20], [0.1, 1 - 1e-12, 1e-17], [1e-5, 1e-22]], ids=["half", "late", "early"]
+)
+def test_a_beta_that_float64_cannot_see(betas: list[float]) -> None:
+    at = len(betas) - 1
+    with pytest.raises(ValueError, match=rf"^betas: must be large enough .*, got {betas[at]} at {at}$"):
+        Schedule.from_betas(torch.tensor(betas, dtype=torch.float64))
+
+
+def test_betas_at_both_limits() -> None:
+    tiny = Schedule.from_betas(torch.tensor([1e-300, 1e-300], dtype=torch.float64))
+    assert tiny.one_minus_alphas_cumprod.tolist() == pytest.approx([1e-300, 2e-300], rel=1e-14, abs=0)
+    most = Schedule.from_betas(torch.full((3,), 1 - 2**-53, dtype=torch.float64))
+    steps = [-53 * math.log(2) * number for number in (1, 2, 3)]
+    assert most.log_alphas_cumprod.tolist() == pytest.approx(steps, rel=1e-14, abs=0)
+    assert most.betas.tolist() == [1 - 2**-53] * 3
+
+
 def test_tables_of_different_lengths() -> None:
     with pytest.raises(
         ValueError, match=r"^log_alphas_cumprod: must have the shape of betas, \[2\], got \[3\]$"
