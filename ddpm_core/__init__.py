@@ -13,6 +13,14 @@ from ddpm_core.bound import (
 from ddpm_core.ema import EMA, HalfLife, ema_decay
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
+from ddpm_core.paths import (
+    log_p_path,
+    log_q_backward,
+    log_q_forward,
+    q_sample_all,
+    q_step,
+    q_trajectory,
+)
 from ddpm_core.predictions import (
     PredictionType,
     predict_eps,
@@ -21,9 +29,24 @@ from ddpm_core.predictions import (
     prediction_target,
 )
 from ddpm_core.process import LinearGaussianProcess, q_posterior, q_sample
+from ddpm_core.processes import (
+    process_at,
+    process_from_coefficients,
+    process_from_log_snr,
+    rectified_flow,
+    sub_variance_preserving,
+    variance_exploding,
+)
+from ddpm_core.respacing import respaced_timesteps
 from ddpm_core.reverse import Prediction, ReverseProcess
 from ddpm_core.samplers import SamplerConfig, TrajectoryStep, sample, sampling_timesteps, trajectory
-from ddpm_core.schedules import Schedule, ScheduleConfig, respace
+from ddpm_core.schedules import (
+    Schedule,
+    ScheduleConfig,
+    ScheduleReport,
+    rescale_zero_terminal_snr,
+    respace,
+)
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -41,6 +64,7 @@ __all__ = [
     "Profile",
     "Schedule",
     "ScheduleConfig",
+    "ScheduleReport",
     "SamplerConfig",
     "Snapshot",
     "TrajectoryStep",
@@ -53,17 +77,31 @@ __all__ = [
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "ema_decay",
+    "log_p_path",
+    "log_q_backward",
+    "log_q_forward",
     "predict_eps",
     "predict_v",
     "predict_x_start",
     "prediction_target",
     "prior_term",
+    "process_at",
+    "process_from_coefficients",
+    "process_from_log_snr",
     "q_posterior",
     "q_sample",
     "reconstruct",
+    "q_sample_all",
+    "q_step",
+    "q_trajectory",
+    "rectified_flow",
+    "rescale_zero_terminal_snr",
     "respace",
+    "respaced_timesteps",
     "sample",
     "sampling_timesteps",
     "simple_loss",
+    "sub_variance_preserving",
     "trajectory",
+    "variance_exploding",
 ]

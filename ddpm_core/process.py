@@ -15,6 +15,9 @@ from ddpm_core._checks import check_floating, check_same_shape, check_timesteps
 
 PRIOR_WARNING_BITS_PER_DIM = 1e-3
 
+_ENOUGH_NOISE = 40.0
+"""b/a at the last step for a prior term of 4.5e-4 bits/dim at |x_0| = 1, with room below the limit."""
+
 
 class LinearGaussianProcess:
     """The tables of q, each a float64 tensor `[T]`; t is zero-based, and t = −1 means the data (a = 1, b = 0).
@@ -37,18 +40,25 @@ class LinearGaussianProcess:
         log_a: Tensor,
         log_b: Tensor,
         *,
+        log_snr: Tensor | None = None,
         snr_loss: Tensor | None = None,
         total_variance: Tensor | None = None,
     ) -> None:
         """log_a, log_b: floating-point `[T]`, finite but for a last ln a of −∞.
 
-        snr_loss and total_variance: these tables where the caller knows them with more digits than the
-        logarithms have. Raises ValueError naming the argument that is wrong.
+        log_snr, snr_loss and total_variance: these tables where the caller knows them with more digits than ln a
+        and ln b give. Raises ValueError naming the argument that is wrong.
         """
         _check_tables(log_a, log_b)
-        self.log_a = log_a.detach().to(torch.float64).clone()
-        self.log_b = log_b.detach().to(torch.float64).clone()
-        self.log_snr = 2.0 * (self.log_a - self.log_b)
+        for name, table in (
+            ("log_snr", log_snr),
+            ("snr_loss", snr_loss),
+            ("total_variance", total_variance),
+        ):
+            if table is not None:
+                check_same_shape(name, table, "log_a", log_a)
+        self.log_a, self.log_b = _own(log_a), _own(log_b)
+        self.log_snr = 2.0 * (self.log_a - self.log_b) if log_snr is None else _own(log_snr)
         rising = (self.log_snr.diff() >= 0).nonzero()
         if rising.numel():
             at = int(rising[0]) + 1
@@ -59,11 +69,9 @@ class LinearGaussianProcess:
         self.a, self.b = self.log_a.exp(), self.log_b.exp()
         # −expm1 keeps the digits of a small loss
         losses = -torch.expm1(self.log_snr - shifted(self.log_snr, math.inf))
-        self.snr_loss = losses if snr_loss is None else snr_loss.detach().to(torch.float64).clone()
+        self.snr_loss = losses if snr_loss is None else _own(snr_loss)
         totals = self.a.square() + self.b.square()
-        self.total_variance = (
-            totals if total_variance is None else total_variance.detach().to(torch.float64).clone()
-        )
+        self.total_variance = totals if total_variance is None else _own(total_variance)
 
         variance, variance_prev = self.b.square(), shifted(self.b, 0.0).square()
         self.step_scale = torch.exp(self.log_a - shifted(self.log_a, 0.0))
@@ -96,7 +104,8 @@ class LinearGaussianProcess:
             return self
         other = object.__new__(type(self))
         # The tables are copied, not computed again, so that every device holds the same bits.
-        other.__dict__.update({name: table.to(device) for name, table in self.__dict__.items()})
+        for name, value in self.__dict__.items():
+            other.__dict__[name] = value.to(device) if isinstance(value, Tensor) else value
         return other
 
     def at(self, timesteps: Tensor) -> "LinearGaussianProcess":
@@ -107,7 +116,10 @@ class LinearGaussianProcess:
         check_subset(timesteps, self.num_timesteps)
         where = timesteps.to(self.log_a.device)
         return LinearGaussianProcess(
-            self.log_a[where], self.log_b[where], total_variance=self.total_variance[where]
+            self.log_a[where],
+            self.log_b[where],
+            log_snr=self.log_snr[where],
+            total_variance=self.total_variance[where],
         )
 
     def gather(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
@@ -131,17 +143,24 @@ class LinearGaussianProcess:
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         mean_square = x_start.to(dtype).square().flatten(1).mean(1)
         last = float(torch.sigmoid(self.log_snr[-1]))
-        return (_log_excess(last) + last * mean_square) / (2.0 * math.log(2.0))
+        return (_log_excess(float(self.log_snr[-1])) + last * mean_square) / (2.0 * math.log(2.0))
+
+    @property
+    def worst_prior_bits_per_dim(self) -> float:
+        """`prior_bits_per_dim` for |x_0| = 1 in every dimension, the most that images in [−1, 1] can have."""
+        return float(self.prior_bits_per_dim(torch.ones(1, 1, dtype=torch.float64)))
 
     def warnings(self) -> list[str]:
         """What a user should know before training with this process: plain sentences, mostly none."""
-        bits = float(self.prior_bits_per_dim(torch.ones(1, 1, dtype=torch.float64)))
+        bits = self.worst_prior_bits_per_dim
         if bits <= PRIOR_WARNING_BITS_PER_DIM:
             return []
+        ratio = float(torch.exp(self.log_b[-1] - self.log_a[-1]))
         return [
             f"x_T is not close to its prior N(0, a² + b²): the log-SNR ends at {float(self.log_snr[-1]):.3g} "
             f"(prior term up to {bits:.2g} bits/dim, should be below {PRIOR_WARNING_BITS_PER_DIM:g}), so sampling "
-            f"starts from noise that training never saw; let b/a grow further"
+            f"starts from noise that training never saw; let b/a, {ratio:.3g} at the last step, grow to "
+            f"{_ENOUGH_NOISE:g} or more"
         ]
 
 
@@ -175,6 +194,10 @@ def q_posterior(
     return mean, variance, log_variance
 
 
+def _own(table: Tensor) -> Tensor:
+    return table.detach().to(torch.float64).clone()
+
+
 def shifted(table: Tensor, first: float) -> Tensor:
     """The table of t − 1: `first` stands for the data."""
     return torch.cat((table.new_full((1,), first), table[:-1]))
@@ -200,8 +223,11 @@ def _check_tables(log_a: Tensor, log_b: Tensor) -> None:
             raise ValueError(f"{name}: must be finite, got a value that is not at {int((~ok).nonzero()[0])}")
 
 
-def _log_excess(r: float) -> float:
-    """−ln(1 − r) − r, without the cancellation at small r."""
+def _log_excess(log_snr: float) -> float:
+    """−ln(1 − r) − r with r = sigmoid(log_snr), without the cancellation at small r and the overflow near r = 1."""
+    # e^{−|λ|} is r/(1 − r) or (1 − r)/r, and at most 1
+    odds = math.exp(-abs(log_snr))
+    r = odds / (1.0 + odds) if log_snr < 0 else 1.0 / (1.0 + odds)
     if r < 1e-2:
         return sum(r**k / k for k in range(2, 11))
-    return -math.log1p(-r) - r
+    return max(log_snr, 0.0) + math.log1p(odds) - r

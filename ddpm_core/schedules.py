@@ -1,16 +1,18 @@
-"""Noise schedules: β_t and every table that follows from it, in float64.
+"""Noise schedules: the variance-preserving process and every table that follows from β_t, in float64.
 
-Index t is zero-based: `betas[0]` is the paper's β_1, and `alphas_cumprod_prev[0]` is ᾱ_0 = 1.
+Index t is zero-based: `betas[0]` is the paper's β_1, and `alphas_cumprod_prev[0]` is ᾱ_0 = 1. The named schedules
+are functions of `ddpm_core.betas`.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, require
+from ddpm_core import betas as tables
+from ddpm_core._checks import check_same_shape, require
+from ddpm_core.advice import remedies
+from ddpm_core.betas import BETAS, BetaTable, ScheduleConfig
 from ddpm_core.process import (
     PRIOR_WARNING_BITS_PER_DIM,
     LinearGaussianProcess,
@@ -18,38 +20,27 @@ from ddpm_core.process import (
     shifted,
 )
 
+__all__ = ["Schedule", "ScheduleConfig", "ScheduleReport", "rescale_zero_terminal_snr", "respace"]
+
+_LAST_BELOW_1 = 1.0 - 2.0**-53
+
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """Which β_t.
+class ScheduleReport:
+    """What `Schedule.validate` finds. That β lies in (0, 1] and that ᾱ falls is demanded when a schedule is made.
 
-    kind "linear": T values evenly spaced from beta_start to beta_end (Ho et al. 2020, section 4).
-    kind "cosine": ᾱ_t = f(t)/f(0), f(t) = cos²(π/2 · (t/T + s)/(1 + s)), s = cosine_s, each β at most
-    beta_max (Nichol & Dhariwal 2021, Eq. 17).
-    Fields of the other kind are ignored. Raises ValueError naming the field that is out of range.
+    betas_rise: whether β never falls (by more than 1e-9 of itself). ends_without_signal: β = 1 at the last step.
+    alphas_cumprod_falls, noise_is_positive: whether ᾱ falls strictly, and √(1 − ᾱ) is above zero at every t, when
+    cast to the dtype asked for. prior_bits_per_dim: the bound's L_T for |x_0| = 1, in bits a dimension.
+    warnings: a sentence for each thing that a user should know, with what to change.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, not a field)
-
-    kind: Literal["linear", "cosine"] = "linear"
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    cosine_s: float = 0.008
-    beta_max: float = 0.999
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("linear", "cosine"), "kind", "'linear' or 'cosine'", self.kind)
-        require(self.num_timesteps >= 1, "num_timesteps", "at least 1", self.num_timesteps)
-        require(0 < self.beta_start < 1, "beta_start", "between 0 and 1, both excluded", self.beta_start)
-        require(
-            self.beta_start <= self.beta_end < 1,
-            "beta_end",
-            f"at least beta_start ({self.beta_start}) and below 1",
-            self.beta_end,
-        )
-        require(0 < self.cosine_s < math.inf, "cosine_s", "positive and finite", self.cosine_s)
-        require(0 < self.beta_max < 1, "beta_max", "between 0 and 1, both excluded", self.beta_max)
+    betas_rise: bool
+    ends_without_signal: bool
+    alphas_cumprod_falls: bool
+    noise_is_positive: bool
+    prior_bits_per_dim: float
+    warnings: tuple[str, ...]
 
 
 class Schedule(LinearGaussianProcess):
@@ -61,32 +52,40 @@ class Schedule(LinearGaussianProcess):
     `LinearGaussianProcess`: log_snr (ln ᾱ_t − ln(1 − ᾱ_t)), posterior_mean_coef1, posterior_variance (β̃_t), …
 
     β = 1 is allowed at the last step only (zero terminal SNR); ε then says nothing of x_0 there.
+    config: the configuration that it was made from, if any; advice in `warnings` is about its fields.
     """
 
-    def __init__(self, betas: Tensor) -> None:
-        check_floating("betas", betas)
-        if betas.dim() != 1 or betas.shape[0] < 1:
-            raise ValueError(f"betas: must have the shape [T] with T >= 1, got {list(betas.shape)}")
-        good = (betas > 0) & (betas < 1)
-        good[-1] |= betas[-1] == 1
-        if not bool(good.all()):
-            at = int((~good).nonzero()[0])
-            raise ValueError(
-                f"betas: must lie between 0 and 1, both excluded (1 is allowed at the last step), "
-                f"got {float(betas[at])} at {at}"
-            )
+    config: ScheduleConfig | None = None
 
-        self.betas = betas.detach().to(torch.float64).clone()
+    def __init__(self, betas: Tensor, *, log_alphas_cumprod: Tensor | None = None) -> None:
+        """betas: floating-point `[T]` in (0, 1), the last perhaps 1. Raises ValueError naming betas.
+
+        log_alphas_cumprod: ln ᾱ where the caller knows it with more digits than the betas give.
+        """
+        given = tables.from_betas(betas)
+        self.betas = given.betas
+        if log_alphas_cumprod is None:
+            self.log_alphas_cumprod, self.alphas = given.log_alphas_cumprod, 1.0 - self.betas
+        else:
+            check_same_shape("log_alphas_cumprod", log_alphas_cumprod, "betas", betas)
+            self.log_alphas_cumprod = log_alphas_cumprod.detach().to(torch.float64).clone()
+            self.alphas = torch.exp(self.log_alphas_cumprod - shifted(self.log_alphas_cumprod, 0.0))
         # 1 − ᾱ is taken from ln ᾱ: the difference of two rounded numbers would lose digits near t = 0.
-        self.log_alphas_cumprod = torch.log1p(-self.betas).cumsum(0)
         self.one_minus_alphas_cumprod = -torch.expm1(self.log_alphas_cumprod)
+        log_noise = self.one_minus_alphas_cumprod.log()
+        log_snr = self.log_alphas_cumprod - log_noise
+        if log_alphas_cumprod is None and bool((log_snr.diff() >= 0).any()):
+            at = _first(log_snr.diff() >= 0) + 1
+            raise ValueError(
+                f"betas: must be large enough to lower the log-SNR in float64, got {float(betas[at])} at {at}"
+            )
         super().__init__(
             0.5 * self.log_alphas_cumprod,
-            0.5 * self.one_minus_alphas_cumprod.log(),
+            0.5 * log_noise,
+            log_snr=log_snr,
             snr_loss=self.betas / self.one_minus_alphas_cumprod,
             total_variance=torch.ones_like(self.betas),
         )
-        self.alphas = 1.0 - self.betas
         self.alphas_cumprod = self.log_alphas_cumprod.exp()
         self.alphas_cumprod_prev = shifted(self.alphas_cumprod, 1.0)
         self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod = self.a, self.b
@@ -95,12 +94,41 @@ class Schedule(LinearGaussianProcess):
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Schedule":
-        """The schedule of given β_t, a floating-point tensor `[T]` with values strictly between 0 and 1."""
+        """The schedule of given β_t, floating-point `[T]` in (0, 1); the last one may be 1."""
         return cls(betas)
 
     @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "Schedule":
+        """The schedule of given ᾱ_t, floating-point `[T]`, strictly falling in (0, 1); the last one may be 0.
+
+        1 − ᾱ has the digits that ᾱ holds: near t = 0 give float64, or betas or the log-SNR instead.
+        Raises ValueError naming alphas_cumprod.
+        """
+        return cls._from_table(tables.from_alphas_cumprod(alphas_cumprod))
+
+    @classmethod
+    def from_log_snr(cls, log_snr: Tensor) -> "Schedule":
+        """The schedule with ᾱ = sigmoid(log_snr), floating-point `[T]`, strictly falling; the last may be −∞.
+
+        Raises ValueError naming log_snr.
+        """
+        return cls._from_table(tables.from_log_snr(log_snr))
+
+    @classmethod
     def from_config(cls, config: ScheduleConfig) -> "Schedule":
-        return cls(_linear_betas(config) if config.kind == "linear" else _cosine_betas(config))
+        """The schedule that the configuration names. Raises ValueError where its numbers make none."""
+        schedule = cls._from_table(BETAS[config.kind](config))
+        if config.zero_terminal_snr:
+            schedule = rescale_zero_terminal_snr(schedule)
+        schedule.config = config
+        return schedule
+
+    @classmethod
+    def _from_table(cls, table: BetaTable) -> "Schedule":
+        # a step over ᾱ ratios below 1e-16 rounds to β = 1, which is no ε-schedule; the next number below is one
+        below = table.betas.clamp(max=_LAST_BELOW_1)
+        betas = torch.where(table.log_alphas_cumprod.isinf(), table.betas, below)
+        return cls(betas, log_alphas_cumprod=table.log_alphas_cumprod)
 
     def at(self, timesteps: Tensor) -> "Schedule":
         """The schedule of the shorter chain through the given timesteps: ᾱ is kept, and β follows from it.
@@ -108,28 +136,78 @@ class Schedule(LinearGaussianProcess):
         β_i = 1 − ᾱ_{t_i}/ᾱ_{t_{i−1}}. timesteps: int64 `[S]`, strictly increasing, in 0..T−1.
         """
         check_subset(timesteps, self.num_timesteps)
-        log_alphas_cumprod = self.log_alphas_cumprod[timesteps.to(self.betas.device)]
+        return Schedule._of_logs(self.log_alphas_cumprod[timesteps.to(self.betas.device)])
+
+    @classmethod
+    def _of_logs(cls, log_alphas_cumprod: Tensor) -> "Schedule":
         betas = -torch.expm1(log_alphas_cumprod - shifted(log_alphas_cumprod, 0.0))
-        # a step over ᾱ ratios below 1e-16 rounds to β = 1, which is no ε-schedule; the next number below is one
-        most = torch.where(log_alphas_cumprod.isinf(), 1.0, 1.0 - 2.0**-53)
-        return Schedule(torch.minimum(betas, most))
+        return cls._from_table(BetaTable(betas, log_alphas_cumprod))
+
+    def validate(self, dtype: torch.dtype = torch.float32) -> ScheduleReport:
+        """What holds of this schedule, and of its tables when cast to dtype, in which q_sample computes."""
+        require(dtype.is_floating_point, "dtype", "a floating-point dtype", dtype)
+        falls = self.alphas_cumprod.to(dtype).diff() < 0
+        noise = self.sqrt_one_minus_alphas_cumprod.to(dtype) > 0
+        said = self.warnings()
+        falling = (self.betas[1:] < self.betas[:-1] * (1.0 - 1e-9)).nonzero().flatten()
+        if falling.numel():
+            at = int(falling[0]) + 1
+            said.append(
+                f"betas fall at {at}, from {float(self.betas[at - 1]):.6g} to {float(self.betas[at]):.6g}: valid, "
+                f"but the published schedules take steps that grow with t"
+            )
+        if not bool(falls.all()):
+            said.append(
+                f"alphas_cumprod cast to {dtype} does not fall at {_first(~falls) + 1}: keep the tables in float64 "
+                f"and cast what was looked up, as gather does"
+            )
+        if not bool(noise.all()):
+            said.append(
+                f"the noise √(1 − alphas_cumprod) cast to {dtype} is zero at {_first(~noise)}: start with a larger "
+                f"beta, or compute x_t in a wider dtype"
+            )
+        return ScheduleReport(
+            betas_rise=not falling.numel(),
+            ends_without_signal=self.ends_without_signal,
+            alphas_cumprod_falls=bool(falls.all()),
+            noise_is_positive=bool(noise.all()),
+            prior_bits_per_dim=self.worst_prior_bits_per_dim,
+            warnings=tuple(said),
+        )
 
     def warnings(self) -> list[str]:
         """What a user should know before training with this schedule: plain sentences, mostly none."""
-        last = float(self.alphas_cumprod[-1])
-        bits = float(self.prior_bits_per_dim(torch.ones(1, 1, dtype=torch.float64)))
+        bits = self.worst_prior_bits_per_dim
         if bits <= PRIOR_WARNING_BITS_PER_DIM:
             return []
-        # ln ᾱ_T = −10.1 is where the paper's own schedule ends; small betas scale it in proportion.
-        factor = 10.1 / -float(self.log_alphas_cumprod[-1])
-        scaled = f"multiply the betas by about {factor:.2g}, "
-        advice = scaled if factor * float(self.betas.max()) < 1 else ""
+        config = self.config or ScheduleConfig("betas", self.num_timesteps, betas=tuple(self.betas.tolist()))
+        changes = remedies(config, Schedule.from_config)
         return [
-            f"x_T is not close to N(0, I): alphas_cumprod ends at {last:.3g} (prior term up to {bits:.2g} "
-            f"bits/dim, should be below {PRIOR_WARNING_BITS_PER_DIM:g}), so sampling starts from noise that "
-            f"training never saw; {advice}raise num_timesteps to about "
-            f"{math.ceil(self.num_timesteps * factor)}, or use the cosine schedule"
+            f"x_T is not close to N(0, I): alphas_cumprod ends at {float(self.alphas_cumprod[-1]):.3g} (prior term "
+            f"up to {bits:.2g} bits/dim, should be below {PRIOR_WARNING_BITS_PER_DIM:g}), so sampling starts from "
+            f"noise that training never saw; {', or '.join(change.text for change in changes)}"
         ]
+
+
+def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule with √ᾱ moved and scaled so that the first ᾱ stays and the last is 0, x_T noise alone.
+
+    √ᾱ'_t = (√ᾱ_t − √ᾱ_T)·√ᾱ_0/(√ᾱ_0 − √ᾱ_T), index 0 the first step (Lin et al. 2023, arXiv:2305.08891, Alg. 1).
+    A schedule that ends without signal is returned as it is. ε-prediction is then impossible: use v or x_start.
+    Raises ValueError naming num_timesteps if T = 1, where the first ᾱ is the last one.
+    """
+    require(
+        schedule.num_timesteps >= 2 or schedule.ends_without_signal,
+        "num_timesteps",
+        "at least 2 for zero_terminal_snr",
+        schedule.num_timesteps,
+    )
+    if schedule.ends_without_signal:
+        return schedule
+    # In logarithms, so that 1 − ᾱ' keeps its digits near t = 0: √ᾱ'_t/√ᾱ_t = (1 − √(ᾱ_T/ᾱ_t))/(1 − √(ᾱ_T/ᾱ_0))
+    log_alphas_cumprod = schedule.log_alphas_cumprod
+    factor = torch.log1p(-torch.exp(0.5 * (log_alphas_cumprod[-1] - log_alphas_cumprod)))
+    return Schedule._of_logs(log_alphas_cumprod + 2.0 * (factor - factor[0]))
 
 
 def respace(schedule: Schedule, timesteps: Tensor) -> Schedule:
@@ -137,14 +215,5 @@ def respace(schedule: Schedule, timesteps: Tensor) -> Schedule:
     return schedule.at(timesteps)
 
 
-def _linear_betas(config: ScheduleConfig) -> Tensor:
-    return torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
-
-
-def _cosine_betas(config: ScheduleConfig) -> Tensor:
-    steps = torch.arange(config.num_timesteps + 1, dtype=torch.float64) / config.num_timesteps
-    angle = (steps + config.cosine_s) / (1.0 + config.cosine_s) * (math.pi / 2)
-    before, after = angle[:-1], angle[1:]
-    # 1 − cos²b/cos²a = sin(b − a)·sin(b + a)/cos²a, without the cancellation.
-    betas = torch.sin(after - before) * torch.sin(after + before) / torch.cos(before).square()
-    return betas.clamp(max=config.beta_max)
+def _first(where: Tensor) -> int:
+    return int(where.nonzero()[0])

@@ -1,5 +1,8 @@
 """What must hold for every schedule, timestep and index."""
 
+from dataclasses import replace
+from typing import get_args
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,18 +21,37 @@ from ddpm_core import (
     rng,
     sampling_timesteps,
 )
+from ddpm_core.betas import ScheduleKind
+from ddpm_core.paths import log_q_backward, log_q_forward
+from ddpm_core.processes import process_from_log_snr
+from ddpm_core.schedules import rescale_zero_terminal_snr
 
 PROFILE = settings(max_examples=40, deadline=None)
 
 
 @st.composite
 def schedules(draw: st.DrawFn, max_timesteps: int = 60) -> Schedule:
-    num_timesteps = draw(st.integers(1, max_timesteps))
-    if draw(st.booleans()):
-        return Schedule.from_config(ScheduleConfig(kind="cosine", num_timesteps=num_timesteps))
+    """Of every kind that ends with some signal, so that ε can be predicted."""
+    num = draw(st.integers(1, max_timesteps))
+    kind = draw(st.sampled_from([name for name in get_args(ScheduleKind) if name != "inverse"]))
     start = draw(st.floats(1e-5, 0.1))
-    end = draw(st.floats(start, 0.9))
-    return Schedule.from_config(ScheduleConfig(num_timesteps=num_timesteps, beta_start=start, beta_end=end))
+    config = ScheduleConfig(num_timesteps=num, beta_start=start, beta_end=draw(st.floats(start, 0.9)))
+    if kind == "linear_scaled":
+        scale = num / 1000
+        config = replace(config, beta_start=start * scale, beta_end=config.beta_end * scale)
+    betas = Schedule.from_config(config).betas if kind in ("betas", "alphas_cumprod") else torch.ones(0)
+    return Schedule.from_config(
+        replace(
+            config,
+            kind=kind,
+            warmup_fraction=draw(st.floats(0.01, 1.0)),
+            sigmoid_tau=draw(st.floats(0.3, 1.5)),
+            log_snr_max=draw(st.floats(1.0, 20.0)),
+            log_snr_min=draw(st.floats(-20.0, 0.0)),
+            betas=tuple(betas.tolist()),
+            alphas_cumprod=tuple((1.0 - betas).cumprod(0).tolist()),
+        )
+    )
 
 
 @PROFILE
@@ -61,6 +83,40 @@ def test_respacing_twice_is_respacing_once(schedule: Schedule, data: st.DataObje
     torch.testing.assert_close(
         respace(once, fewer).betas, respace(schedule, timesteps[fewer]).betas, rtol=1e-9, atol=1e-12
     )
+
+
+@PROFILE
+@given(schedules())
+def test_every_warning_comes_with_advice(schedule: Schedule) -> None:
+    for warning in schedule.warnings():
+        assert "never saw; " in warning
+        assert not warning.endswith("; ")
+
+
+@PROFILE
+@given(schedules())
+def test_zero_terminal_snr_keeps_the_first_step_and_the_order(schedule: Schedule) -> None:
+    if schedule.num_timesteps == 1:
+        return
+    ended = rescale_zero_terminal_snr(schedule)
+    assert ended.ends_without_signal
+    torch.testing.assert_close(ended.betas[0], schedule.betas[0], rtol=1e-12, atol=0)
+    assert bool((ended.log_snr.diff() < 0).all())
+    assert bool((ended.log_snr <= schedule.log_snr + 1e-12).all())
+
+
+@PROFILE
+@given(schedules(), st.floats(-8, 8), st.integers(0, 2**31))
+def test_a_scale_moves_both_path_laws_by_the_same(schedule: Schedule, scale: float, seed: int) -> None:
+    """In other units the density of a path changes by T·D·scale, and both factorisations still agree."""
+    num = schedule.num_timesteps
+    process = process_from_log_snr(schedule.log_snr, torch.full_like(schedule.log_snr, scale))
+    x_start = rng.normal(seed, "x", torch.arange(2), (3,), dtype=torch.float64)
+    path = rng.normal(seed, "path", torch.arange(2 * num), (3,), dtype=torch.float64).reshape(num, 2, 3)
+    expected = log_q_forward(schedule, x_start, path) - num * 3 * scale
+    moved = path * process.total_variance.sqrt().reshape(-1, 1, 1)
+    torch.testing.assert_close(log_q_forward(process, x_start, moved), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_q_backward(process, x_start, moved), expected, rtol=1e-9, atol=1e-9)
 
 
 @PROFILE

@@ -166,6 +166,24 @@ def test_draw_timesteps() -> None:
     assert not torch.equal(draw_timesteps(LINEAR, 6, index), t)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_layout_of_the_input_changes_nothing(dtype: torch.dtype, batch: int) -> None:
+    x_start, noise = _images(batch, dtype)
+    t = torch.tensor([0, 500, 999])[:batch]
+    strided = torch.empty(batch, 3, 4, 8, dtype=dtype)[..., ::2].copy_(x_start)
+    last = x_start.to(memory_format=torch.channels_last)
+    plain = q_sample(LINEAR, x_start, t, noise)
+    mean, variance, log_variance = q_posterior(LINEAR, x_start, plain, t)
+    for other in (strided, last):
+        got = q_sample(LINEAR, other, t, noise)
+        assert got.dtype == dtype
+        assert torch.equal(got, plain)
+        for a, b in zip(q_posterior(LINEAR, other, plain, t), (mean, variance, log_variance), strict=True):
+            assert torch.equal(a, b)
+    assert q_sample(LINEAR, last, t, last).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
