@@ -6,10 +6,13 @@ No I/O, no logging, no environment; imports torch and the standard library alone
 from ddpm_core.bound import (
     BoundAccumulator,
     BoundEstimate,
+    TermsPerT,
     bound_term,
-    discretized_gaussian_log_likelihood,
     prior_term,
+    reverse_of_sampler,
 )
+from ddpm_core.curve import MeasuredCurve, snr_integral
+from ddpm_core.decoder import discretized_gaussian_log_likelihood
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.predictions import (
@@ -23,6 +26,7 @@ from ddpm_core.process import LinearGaussianProcess, q_posterior, q_sample
 from ddpm_core.reverse import Prediction, ReverseProcess
 from ddpm_core.samplers import SamplerConfig, TrajectoryStep, sample, sampling_timesteps, trajectory
 from ddpm_core.schedules import Schedule, ScheduleConfig, respace
+from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -32,12 +36,14 @@ __all__ = [
     "EMA",
     "EpsTheta",
     "LinearGaussianProcess",
+    "MeasuredCurve",
     "Prediction",
     "PredictionType",
     "ReverseProcess",
+    "SamplerConfig",
     "Schedule",
     "ScheduleConfig",
-    "SamplerConfig",
+    "TermsPerT",
     "TrajectoryStep",
     "UNet",
     "UNetConfig",
@@ -54,8 +60,13 @@ __all__ = [
     "q_posterior",
     "q_sample",
     "respace",
+    "reverse_of_sampler",
     "sample",
     "sampling_timesteps",
     "simple_loss",
+    "snr_integral",
     "trajectory",
+    "two_sided_prior_term",
+    "two_sided_shift",
+    "two_sided_term",
 ]
