@@ -14,6 +14,7 @@ from ddpm_core.bound import (
 from ddpm_core.curve import MeasuredCurve, snr_integral
 from ddpm_core.decoder import discretized_gaussian_log_likelihood
 from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger, consistency_terms
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.predictions import (
     PredictionType,
@@ -33,8 +34,10 @@ from ddpm_core.unet import UNet, UNetConfig
 __all__ = [
     "BoundAccumulator",
     "BoundEstimate",
+    "CurveBound",
     "EMA",
     "EpsTheta",
+    "Ledger",
     "LinearGaussianProcess",
     "MeasuredCurve",
     "Prediction",
@@ -48,7 +51,10 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "VarianceType",
+    "bound_from_curve",
+    "bound_ledger",
     "bound_term",
+    "consistency_terms",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "ema_decay",

@@ -84,6 +84,8 @@ def snr_integral(curve: Curve, low: float, high: float) -> float:
     """
     if isinstance(curve, MeasuredCurve):
         return curve.integral(low, high)
+    if low == high:
+        return 0.0
     low = max(low, min(high, 0.0) - _NOTHING)
     panels = max(1, math.ceil((high - low) / _PANEL))
     node, weight = _gauss_legendre(_NODES)
