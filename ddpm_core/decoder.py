@@ -1,5 +1,7 @@
 """The bound's decoder p_θ(x_0|x_1): a Gaussian integrated over the bin of each level (Ho et al. 2020, Eq. 13)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,11 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     # Φ(high) − Φ(low) = Φ(−low) − Φ(−high): the pair further to the left keeps its digits.
     flip = low + high > 0
     left, right = torch.where(flip, -high, low), torch.where(flip, -low, high)
-    log_right = torch.special.log_ndtr(right)
-    inner = log_right + _log1mexp(torch.special.log_ndtr(left) - log_right)
+    log_right = _log_ndtr(right)
+    inner = log_right + _log1mexp(_log_ndtr(left) - log_right)
 
     lowest, highest = x < -1.0 + half_bin, x > 1.0 - half_bin
-    outer = torch.special.log_ndtr(torch.where(lowest, high, -low))
+    outer = _log_ndtr(torch.where(lowest, high, -low))
     return torch.where(lowest | highest, outer, inner).to(x.dtype)
 
 
@@ -41,3 +43,13 @@ def _log1mexp(d: Tensor) -> Tensor:
     from_near = torch.log(-torch.expm1(torch.where(near, d, -1.0)))
     from_far = torch.log1p(-torch.exp(torch.where(near, -1.0, d)))
     return torch.where(near, from_near, from_far)
+
+
+def _log_ndtr(z: Tensor) -> Tensor:
+    """ln Φ(z), with torch.special.log_ndtr's values; but its gradient, e^(−z²/2 − ln Φ), is noise below −1e7."""
+    below = z < 0
+    tail = torch.where(below, z, 0.0)
+    # Φ(z) = ½·erfcx(−z/√2)·e^(−z²/2), whose logarithm has no digits to lose
+    far = torch.log(0.5 * torch.special.erfcx(tail * -math.sqrt(0.5))) - 0.5 * tail.square()
+    near = torch.log1p(-0.5 * torch.special.erfc(torch.where(below, 0.0, z) * math.sqrt(0.5)))
+    return torch.where(below, far, near)
