@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape
+from ddpm_core._checks import check_floating, check_same_shape, require
 
 Curve: TypeAlias = Callable[[Tensor], Tensor]
 """m(log-SNR): the mean squared error of x̂_0 a dimension, float64 `[N]` → float64 `[N]`, finite at −∞ too.
@@ -81,7 +81,10 @@ def snr_integral(curve: Curve, low: float, high: float) -> float:
 
     A MeasuredCurve knows its own; any other is integrated by Gauss–Legendre quadrature in panels of 1 in λ, to
     rounding for a curve that is analytic and does not change within a fraction of a panel.
+    Raises ValueError unless low ≤ high < ∞.
     """
+    require(high < math.inf, "high", "finite", high)
+    require(low <= high, "low", f"at most high ({high})", low)
     if isinstance(curve, MeasuredCurve):
         return curve.integral(low, high)
     if low == high:

@@ -23,6 +23,7 @@ from ddpm_core import (
     q_posterior,
     q_sample,
     reverse_of_sampler,
+    two_sided_term,
 )
 from tests.support.oracles import (
     GaussianData,
@@ -267,6 +268,40 @@ def test_a_long_chain_is_whole() -> None:
     )
     got = terms.reshape(-1, 4).mean(1)[1:]
     torch.testing.assert_close(got, DATA.consistency_terms(process, "fixed_small")[1:], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "analytic"])
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, SHORT], ids=["linear", "cosine", "short"])
+def test_at_equal_snr_every_process_has_the_same_bound(
+    schedule: Schedule, variance_type: VarianceType
+) -> None:
+    """x_t/a_t is all that a network needs. σ² = β of q's step depends on the scale, and is left out."""
+    straight_way = -torch.log1p(torch.exp(schedule.log_b - schedule.log_a))
+    others = [
+        LinearGaussianProcess(log_a, log_a + (schedule.log_b - schedule.log_a), snr_loss=schedule.snr_loss)
+        for log_a in (torch.zeros_like(schedule.log_a), straight_way)
+    ]
+    x_start, noise, t = symmetric_grid_at_every_t(DATA, schedule)
+    mse = DATA.bayes_x_start_mse(schedule)
+
+    def bound(process: LinearGaussianProcess) -> tuple[Tensor, Tensor, Tensor]:
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            signal = x_t / process.a[t].reshape(-1, 1, 1, 1)
+            return 0.9 * signal / (1 + schedule.log_snr[t].neg().exp().reshape(-1, 1, 1, 1))
+
+        reverse = ReverseProcess(process, "x_start", variance_type, clip=False, x_start_mse=mse)
+        inner = t < process.num_timesteps - 1
+        triple = torch.stack((noise, noise.roll(1, 0), noise.roll(2, 0)))[:, inner]
+        return (
+            bound_term(network, reverse, x_start, t, noise, levels=17),
+            two_sided_term(network, reverse, x_start[inner], t[inner], triple),
+            prior_term(process, x_start),
+        )
+
+    expected = bound(schedule)
+    for process in others:
+        for got, one in zip(bound(process), expected, strict=True):
+            torch.testing.assert_close(got, one, rtol=1e-12, atol=1e-12)
 
 
 # Which samplers have a bound

@@ -375,6 +375,13 @@ def test_the_two_integrals_agree() -> None:
                 SHORT, DATA.bayes_curve, decoder=0.0, mean_square=1.0, variance_type="learned_range"
             ),
         ),
+        (
+            "mean_square",
+            lambda r, m: bound_from_curve(SHORT, DATA.bayes_curve, decoder=0.0, mean_square=-1.0),
+        ),
+        ("low", lambda r, m: snr_integral(DATA.bayes_curve, 1.0, 0.0)),
+        ("low", lambda r, m: snr_integral(MeasuredCurve(m, m), math.nan, 0.0)),
+        ("high", lambda r, m: snr_integral(DATA.bayes_curve, 0.0, math.inf)),
         ("x_start_mse", lambda r, m: MeasuredCurve(m, m * math.nan)),
         ("x_start_mse", lambda r, m: MeasuredCurve(m, 0 * m)),
         ("x_start_mse", lambda r, m: MeasuredCurve(m, m[1:])),
