@@ -3,15 +3,17 @@
 No I/O, no logging, no environment; imports torch and the standard library alone.
 """
 
+from ddpm_core._units import Unit
 from ddpm_core.bound import (
     BoundAccumulator,
     BoundEstimate,
+    Decomposition,
     TermsPerT,
     bound_term,
     prior_term,
     reverse_of_sampler,
 )
-from ddpm_core.curve import MeasuredCurve, snr_integral
+from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
 from ddpm_core.decoder import discretized_gaussian_log_likelihood
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger, consistency_terms
@@ -34,7 +36,9 @@ from ddpm_core.unet import UNet, UNetConfig
 __all__ = [
     "BoundAccumulator",
     "BoundEstimate",
+    "Curve",
     "CurveBound",
+    "Decomposition",
     "EMA",
     "EpsTheta",
     "Ledger",
@@ -50,6 +54,7 @@ __all__ = [
     "TrajectoryStep",
     "UNet",
     "UNetConfig",
+    "Unit",
     "VarianceType",
     "bound_from_curve",
     "bound_ledger",

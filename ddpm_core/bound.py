@@ -8,7 +8,7 @@ each part of it is due to. A sampler with σ = 0 has no bound: its p_θ gives th
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ddpm_core.samplers import SamplerConfig
 from ddpm_core.two_sided import measured_two_sided_term, two_sided_prior_term
 from ddpm_core.types import EpsTheta
 
-Decomposition = Literal["kl", "two_sided"]
+Decomposition: TypeAlias = Literal["kl", "two_sided"]
 """Which terms the bound is summed from: K_t (`bound_term`), or C_t (`ddpm_core.two_sided`)."""
 
 

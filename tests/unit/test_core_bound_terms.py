@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm_core import (
     BoundAccumulator,
+    Decomposition,
     EpsTheta,
     LinearGaussianProcess,
     PredictionType,
@@ -216,6 +217,30 @@ def test_the_measured_error_is_the_bayes_error_of_the_best_network() -> None:
     some = _accumulated(torch.arange(3), num_strata=2).per_t()
     assert bool((some.x_start_mse.isnan() == (some.num_draws == 0)).all())
     assert int(some.num_draws[1:].sum()) == 6
+
+
+@pytest.mark.parametrize("decomposition", ["kl", "two_sided"])
+def test_an_accumulator_reads_a_learned_variance(decomposition: Decomposition) -> None:
+    """v = −1 is fixed_small at every t, the first included."""
+    images = torch.randint(17, (20, 2, 2, 2), generator=torch.Generator().manual_seed(2)).double() / 8 - 1
+    estimates = []
+    for variance_type in ("fixed_small", "learned_range"):
+
+        def network(x_t: Tensor, t: Tensor, learned: bool = variance_type == "learned_range") -> Tensor:
+            return torch.cat((0.5 * x_t, torch.full_like(x_t, -1.0)), 1) if learned else 0.5 * x_t
+
+        accumulator = BoundAccumulator(
+            ReverseProcess(SHORT, "x_start", variance_type),
+            levels=17,
+            num_strata=5,
+            seed=0,
+            decomposition=decomposition,
+        )
+        accumulator.add(network, images, torch.arange(20))
+        estimates.append(accumulator.result())
+    small, learned = estimates
+    assert learned.total == pytest.approx(small.total, rel=1e-12)
+    assert learned.total_stderr == pytest.approx(small.total_stderr, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
