@@ -210,6 +210,23 @@ def test_both_accumulators_have_one_total() -> None:
     torch.testing.assert_close(terms[1].x_start_mse, terms[0].x_start_mse, rtol=0.2, atol=1e-3)
 
 
+def test_few_strata_estimate_the_same_two_sided_bound() -> None:
+    data = atoms([-1.0, -0.5, 0.25, 1.0], [0.1, 0.4, 0.3, 0.2])
+    images = data.sample(4000 * 4, 0).reshape(4000, 1, 2, 2)
+    all_of_it, estimate = (
+        BoundAccumulator(
+            ReverseProcess(SHORT), levels=17, num_strata=num_strata, seed=seed, decomposition="two_sided"
+        )
+        for num_strata, seed in ((19, 0), (3, 1))
+    )
+    for accumulator in (all_of_it, estimate):
+        accumulator.add(data.eps_theta(SHORT), images, torch.arange(4000))
+    ours, theirs = estimate.result(), all_of_it.result()
+    stderr = math.hypot(ours.consistency_stderr, theirs.consistency_stderr)
+    assert abs(ours.consistency - theirs.consistency) < 5 * stderr
+    assert stderr < 0.1 * theirs.consistency
+
+
 def test_a_single_term_may_be_negative() -> None:
     x_start, noise = _draws(100)
     t = full(9, x_start)
