@@ -3,14 +3,21 @@
 No I/O, no logging, no environment; imports torch and the standard library alone.
 """
 
+from ddpm_core._units import Unit
 from ddpm_core.bound import (
     BoundAccumulator,
     BoundEstimate,
+    Decomposition,
+    TermsPerT,
     bound_term,
-    discretized_gaussian_log_likelihood,
     prior_term,
+    reverse_of_sampler,
 )
 from ddpm_core.ema import EMA, HalfLife, ema_decay
+from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
+from ddpm_core.decoder import discretized_gaussian_log_likelihood
+from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger, consistency_terms
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
 from ddpm_core.paths import (
@@ -47,15 +54,22 @@ from ddpm_core.schedules import (
     rescale_zero_terminal_snr,
     respace,
 )
+from ddpm_core.schedules import Schedule, ScheduleConfig, respace
+from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
 __all__ = [
     "BoundAccumulator",
     "BoundEstimate",
+    "Curve",
+    "CurveBound",
+    "Decomposition",
     "EMA",
     "EpsTheta",
+    "Ledger",
     "LinearGaussianProcess",
+    "MeasuredCurve",
     "Prediction",
     "PredictionType",
     "ReverseProcess",
@@ -67,13 +81,21 @@ __all__ = [
     "ScheduleReport",
     "SamplerConfig",
     "Snapshot",
+    "SamplerConfig",
+    "Schedule",
+    "ScheduleConfig",
+    "TermsPerT",
     "TrajectoryStep",
     "UNet",
     "UNetConfig",
+    "Unit",
     "VarianceType",
+    "bound_from_curve",
+    "bound_ledger",
     "bound_term",
     "combine_profiles",
     "combine_tensors",
+    "consistency_terms",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "ema_decay",
@@ -104,4 +126,13 @@ __all__ = [
     "sub_variance_preserving",
     "trajectory",
     "variance_exploding",
+    "reverse_of_sampler",
+    "sample",
+    "sampling_timesteps",
+    "simple_loss",
+    "snr_integral",
+    "trajectory",
+    "two_sided_prior_term",
+    "two_sided_shift",
+    "two_sided_term",
 ]

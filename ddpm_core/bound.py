@@ -1,51 +1,31 @@
-"""The variational bound on −log₂ p(x_0) in bits a dimension (Ho et al. 2020, Eq. 5), and its estimate.
+"""The variational bound on −ln p(x_0), in bits a dimension or nats (Ho et al. 2020, Eq. 5), and its estimate.
 
 −ELBO = L_T (prior) + Σ_{t≥1} L_t (consistency: the KL of q(x_{t−1}|x_t, x_0) and p_θ(x_{t−1}|x_t)) + L_0
 (reconstruction: a Gaussian integrated over the bin of each level, Eq. 13). t is zero-based, so L_0 is the
-term at t == 0. A sampler with σ = 0 has no bound: its p_θ gives the data no probability.
+term at t == 0. `ddpm_core.two_sided` has the other decomposition of the same total, `ddpm_core.ledger` says what
+each part of it is due to. A sampler with σ = 0 has no bound: its p_θ gives the data no probability.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ddpm_core import rng
 from ddpm_core._checks import check_floating, check_index, check_same_shape, require
+from ddpm_core._units import LN_2, Unit, in_unit
+from ddpm_core.decoder import discretized_gaussian_log_likelihood
+from ddpm_core.predictions import PredictionType
 from ddpm_core.process import LinearGaussianProcess, q_sample
 from ddpm_core.reverse import ReverseProcess
+from ddpm_core.samplers import SamplerConfig
+from ddpm_core.two_sided import measured_two_sided_term, two_sided_prior_term
 from ddpm_core.types import EpsTheta
 
-_LN_2 = math.log(2.0)
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int) -> Tensor:
-    """ln P(level of x) in nats, elementwise, under a Gaussian integrated over the level's bin (Eq. 13).
-
-    The levels lie at −1 + 2·l/(levels − 1); a bin reaches 1/(levels − 1) to each side, and the outer two
-    are open, so that the probabilities of all levels sum to 1. x holds levels; mean and log_scale (ln σ)
-    broadcast to x. Computed in float64 from the smaller tail, so that values and gradients are finite far
-    from the mean; returned in x's dtype. Raises ValueError for σ = 0.
-    """
-    check_floating("x", x)
-    require(levels >= 2, "levels", "at least 2", levels)
-    if log_scale.device.type == "cpu" and not bool(log_scale.detach().isfinite().all()):
-        raise ValueError("log_scale: must be finite, got a sigma of 0 or inf, for which there is no bound")
-    half_bin = 1.0 / (levels - 1)
-    offset = x.double() - mean.double()
-    inverse_scale = torch.exp(-log_scale.double())
-    low, high = (offset - half_bin) * inverse_scale, (offset + half_bin) * inverse_scale
-
-    # Φ(high) − Φ(low) = Φ(−low) − Φ(−high): the pair further to the left keeps its digits.
-    flip = low + high > 0
-    left, right = torch.where(flip, -high, low), torch.where(flip, -low, high)
-    log_right = torch.special.log_ndtr(right)
-    inner = log_right + _log1mexp(torch.special.log_ndtr(left) - log_right)
-
-    lowest, highest = x < -1.0 + half_bin, x > 1.0 - half_bin
-    outer = torch.special.log_ndtr(torch.where(lowest, high, -low))
-    return torch.where(lowest | highest, outer, inner).to(x.dtype)
+Decomposition: TypeAlias = Literal["kl", "two_sided"]
+"""Which terms the bound is summed from: K_t (`bound_term`), or C_t (`ddpm_core.two_sided`)."""
 
 
 def bound_term(
@@ -56,8 +36,9 @@ def bound_term(
     noise: Tensor,
     *,
     levels: int,
+    unit: Unit = "bits_per_dim",
 ) -> Tensor:
-    """One term of the bound for each sample, `[B]` in bits a dimension, differentiable.
+    """One term of the bound for each sample, `[B]` in bits a dimension or nats, differentiable.
 
     t ≥ 1: KL(q(x_{t−1}|x_t, x_0) ‖ p_θ) = ½·[ln(σ²/β̃) + β̃/σ² − 1 + (c1²/σ²)·‖x̂_0 − x_0‖²], c1 the posterior's
     coefficient on x_0. t == 0: −ln P(x_0) of the decoder.
@@ -67,6 +48,20 @@ def bound_term(
     Give False to train on this term, since a clipped x̂_0 has no gradient.
     float64 if x_start is, float32 otherwise. Raises ValueError naming the argument that is wrong.
     """
+    return _measured_term(eps_theta, reverse, x_start, t, noise, levels=levels, unit=unit)[0]
+
+
+def _measured_term(
+    eps_theta: EpsTheta,
+    reverse: ReverseProcess,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    levels: int,
+    unit: Unit,
+) -> tuple[Tensor, Tensor]:
+    """`bound_term`, and the squared error of x̂_0 a dimension, `[B]`."""
     check_floating("x_start", x_start)
     process = reverse.process
     x_t = q_sample(process, x_start, t, noise)
@@ -83,7 +78,8 @@ def bound_term(
         * process.gather(process.posterior_mean_coef1.square(), t, log_variance)
         * torch.exp(-log_variance)
     )
-    terms = (mismatch.to(error.dtype) + weight.to(error.dtype) * error.square()).flatten(1).mean(1)
+    square = error.square()
+    terms = (mismatch.to(error.dtype) + weight.to(error.dtype) * square).flatten(1).mean(1)
 
     first = (t == 0).nonzero().squeeze(1)
     if first.numel():
@@ -92,12 +88,46 @@ def bound_term(
             x_first, x_first + error[first], 0.5 * log_variance[first], levels
         )
         terms = terms.index_copy(0, first, -log_likelihood.flatten(1).mean(1))
-    return terms / _LN_2
+    return in_unit(terms, unit, x_start.shape[1:].numel()), square.flatten(1).mean(1)
 
 
-def prior_term(process: LinearGaussianProcess, x_start: Tensor) -> Tensor:
-    """L_T = KL(q(x_T|x_0) ‖ p(x_T)), `[B]` in bits a dimension: LinearGaussianProcess.prior_bits_per_dim."""
-    return process.prior_bits_per_dim(x_start)
+def prior_term(process: LinearGaussianProcess, x_start: Tensor, *, unit: Unit = "bits_per_dim") -> Tensor:
+    """L_T = KL(q(x_T|x_0) ‖ p(x_T)), `[B]`: LinearGaussianProcess.prior_bits_per_dim in the unit asked for."""
+    return in_unit(process.prior_bits_per_dim(x_start) * LN_2, unit, x_start.shape[1:].numel())
+
+
+def reverse_of_sampler(
+    process: LinearGaussianProcess,
+    config: SamplerConfig,
+    *,
+    prediction_type: PredictionType = "eps",
+    x_start_mse: Tensor | None = None,
+) -> ReverseProcess:
+    """The p_θ that a sampler draws from, whose bound is then the bound of what is sampled.
+
+    process: the chain that the sampler visits, respaced already. x_start_mse: for the variance type "analytic".
+    That is "ancestral" with its variance_type, and "ddim" with eta = 1, which is ancestral with fixed_small.
+    Raises ValueError naming the field of a sampler that has no bound: with σ = 0 (ddim with eta = 0, and every
+    other deterministic one) p_θ is a point, which gives almost no data a probability. For 0 < eta < 1 the forward
+    process is another one than `process` (Song et al. 2021, Eq. 7).
+    """
+    if config.kind == "ancestral":
+        variance_type = config.variance_type
+    elif config.kind == "ddim":
+        require(
+            config.eta == 1,
+            "eta",
+            "1 for a sampler of this process that has a bound (0 < eta < 1 is the reverse of another one, and with "
+            "sigma = 0 there is none)",
+            config.eta,
+        )
+        variance_type = "fixed_small"
+    else:
+        raise ValueError(
+            f"kind: must be 'ancestral', or 'ddim' with eta = 1, to have a bound (with sigma = 0 there is none), "
+            f"got {config.kind!r}"
+        )
+    return ReverseProcess(process, prediction_type, variance_type, config.clip, x_start_mse)
 
 
 def stratify(process: LinearGaussianProcess, num_strata: int) -> Tensor:
@@ -142,6 +172,37 @@ class BoundEstimate:
     num_images: int
     per_t: list[float]
 
+    def in_nats(self, num_dims: int) -> "BoundEstimate":
+        """The same in nats an image of num_dims dimensions (C·H·W)."""
+        factor = LN_2 * num_dims
+        return replace(
+            self,
+            reconstruction=self.reconstruction * factor,
+            consistency=self.consistency * factor,
+            prior=self.prior * factor,
+            total=self.total * factor,
+            reconstruction_stderr=self.reconstruction_stderr * factor,
+            consistency_stderr=self.consistency_stderr * factor,
+            prior_stderr=self.prior_stderr * factor,
+            total_stderr=self.total_stderr * factor,
+            per_t=[term * factor for term in self.per_t],
+        )
+
+
+@dataclass(frozen=True)
+class TermsPerT:
+    """What was measured at each t, float64 `[T]` each; nan where nothing was, and stderr nan below two draws.
+
+    term: the mean term in bits a dimension (index 0 the decoder's), stderr its standard error. x_start_mse: m(t),
+    the mean squared error of x̂_0 a dimension (clipped where the bound is), which the variance type "analytic" and
+    the ledger ask for. num_draws: how often t was drawn.
+    """
+
+    term: Tensor
+    stderr: Tensor
+    x_start_mse: Tensor
+    num_draws: Tensor
+
 
 class BoundAccumulator:
     """Sums an unbiased estimate of the bound over images.
@@ -151,19 +212,33 @@ class BoundAccumulator:
     evaluated. What is drawn for an image depends on (seed, "bound", index) alone, so that the result is the
     same, but for rounding, however the images are divided into batches and over workers. Costs
     num_strata + 1 network evaluations an image.
+
+    decomposition "two_sided": the sum of C_{t−1} in place of that of K_t, and the prior term that belongs to it.
+    Both ask the network at t and stand at t, so that they can be compared; the total has the same expectation.
     """
 
-    def __init__(self, reverse: ReverseProcess, *, levels: int, num_strata: int, seed: int) -> None:
+    def __init__(
+        self,
+        reverse: ReverseProcess,
+        *,
+        levels: int,
+        num_strata: int,
+        seed: int,
+        decomposition: Decomposition = "kl",
+    ) -> None:
         require(levels >= 2, "levels", "at least 2", levels)
         require(num_strata >= 1, "num_strata", "at least 1", num_strata)
+        require(decomposition in ("kl", "two_sided"), "decomposition", "'kl' or 'two_sided'", decomposition)
+        self._two_sided = decomposition == "two_sided"
         self._reverse = reverse
         self._levels = levels
         self._seed = seed
         process = reverse.process
         num_strata = min(num_strata, process.num_timesteps - 1)
         self._edges: list[int] = stratify(process, num_strata).tolist() if num_strata else [1]
-        # Count; sums and sums of squares of (reconstruction, consistency, prior, total); per t: sum, count.
-        self._state = torch.zeros(9 + 2 * process.num_timesteps, dtype=torch.float64)
+        # Count; sums and sums of squares of (reconstruction, consistency, prior, total); then for each t the number
+        # of draws and the sums of the term, of its square and of the squared error of x̂_0.
+        self._state = torch.zeros(9 + 4 * process.num_timesteps, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, eps_theta: EpsTheta, x_start: Tensor, index: Tensor) -> None:
@@ -182,18 +257,19 @@ class BoundAccumulator:
             t = start + rng.integers(self._seed, "bound timestep", index, stop - start, draw=stratum)
             term = self._evaluate(eps_theta, x_start, index, t, draw=stratum + 1)
             consistency += (stop - start) * term
-        prior = prior_term(self._reverse.process, x_start).double().cpu()
+        prior_of = two_sided_prior_term if self._two_sided else prior_term
+        prior = prior_of(self._reverse.process, x_start).double().cpu()
         per_image = torch.stack((reconstruction, consistency, prior, reconstruction + consistency + prior))
         self._state[0] += index.shape[0]
         self._state[1:5] += per_image.sum(1)
         self._state[5:9] += per_image.square().sum(1)
 
     def state(self) -> Tensor:
-        """All that was added, float64 `[9 + 2·T]` on the CPU. The states of several workers may be summed."""
+        """All that was added, float64 `[9 + 4·T]` on the CPU. The states of several workers may be summed."""
         return self._state.clone()
 
     def load_state(self, state: Tensor) -> None:
-        """Replace what was added by a (summed) state. Raises ValueError if its length is not 9 + 2·T."""
+        """Replace what was added by a (summed) state. Raises ValueError if its length is not 9 + 4·T."""
         check_same_shape("state", state, "this accumulator's state", self._state)
         self._state = state.detach().to("cpu", torch.float64, copy=True)
 
@@ -205,7 +281,6 @@ class BoundAccumulator:
         mean = self._state[1:5] / count
         spread = (self._state[5:9] / count - mean.square()).clamp(min=0.0)
         stderr = (spread / (count - 1)).sqrt() if count > 1 else torch.full_like(mean, math.nan)
-        sums, counts = self._state[9:].chunk(2)
         reconstruction, consistency, prior, total = mean.tolist()
         reconstruction_stderr, consistency_stderr, prior_stderr, total_stderr = stderr.tolist()
         return BoundEstimate(
@@ -218,31 +293,33 @@ class BoundAccumulator:
             prior_stderr=prior_stderr,
             total_stderr=total_stderr,
             num_images=count,
-            per_t=(sums / counts).tolist(),
+            per_t=self.per_t().term.tolist(),
         )
+
+    def per_t(self) -> TermsPerT:
+        """What was measured at each t."""
+        draws, terms, squares, errors = self._state[9:].chunk(4)
+        term = terms / draws
+        spread = (squares / draws - term.square()).clamp(min=0.0)
+        stderr = torch.where(draws > 1, (spread / (draws - 1)).sqrt(), math.nan)
+        return TermsPerT(term, stderr, errors / draws, draws.clone())
 
     def _evaluate(self, eps_theta: EpsTheta, x_start: Tensor, index: Tensor, t: Tensor, draw: int) -> Tensor:
-        noise = rng.normal(
-            self._seed, "bound", index, tuple(x_start.shape[1:]), draw=draw, dtype=x_start.dtype
-        ).to(x_start.device)
-        term = bound_term(
-            eps_theta,
-            self._reverse.to(x_start.device),
-            x_start,
-            t.to(x_start.device),
-            noise,
-            levels=self._levels,
+        two_sided = self._two_sided and draw > 0
+        shape = (3, *x_start.shape[1:]) if two_sided else tuple(x_start.shape[1:])
+        noise = rng.normal(self._seed, "bound", index, shape, draw=draw, dtype=x_start.dtype).to(
+            x_start.device
         )
-        term = term.double().cpu()
-        sums, counts = self._state[9:].chunk(2)
-        sums.index_add_(0, t.cpu(), term)
-        counts.index_add_(0, t.cpu(), torch.ones_like(term))
+        reverse, at = self._reverse.to(x_start.device), t.to(x_start.device)
+        if two_sided:
+            term, error = measured_two_sided_term(
+                eps_theta, reverse, x_start, at - 1, noise.transpose(0, 1), unit="bits_per_dim"
+            )
+        else:
+            term, error = _measured_term(
+                eps_theta, reverse, x_start, at, noise, levels=self._levels, unit="bits_per_dim"
+            )
+        term, error = term.double().cpu(), error.double().cpu()
+        measured = torch.stack((torch.ones_like(term), term, term.square(), error))
+        self._state[9:].reshape(4, -1).index_add_(1, t.cpu(), measured)
         return term
-
-
-def _log1mexp(d: Tensor) -> Tensor:
-    """ln(1 − e^d) for d < 0, accurate at both ends; each branch sees only arguments at which it is finite."""
-    near = d > -_LN_2
-    from_near = torch.log(-torch.expm1(torch.where(near, d, -1.0)))
-    from_far = torch.log1p(-torch.exp(torch.where(near, -1.0, d)))
-    return torch.where(near, from_near, from_far)

@@ -1,0 +1,394 @@
+"""The ledger: every part in closed form for Gaussian data, and by sums over nodes for atoms; curves of m."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_core import (
+    BoundAccumulator,
+    EpsTheta,
+    Ledger,
+    LinearGaussianProcess,
+    MeasuredCurve,
+    ReverseProcess,
+    Schedule,
+    ScheduleConfig,
+    VarianceType,
+    bound_from_curve,
+    bound_ledger,
+    bound_term,
+    consistency_terms,
+    prior_term,
+    snr_integral,
+)
+from tests.support.oracles import (
+    GaussianData,
+    atoms,
+    before,
+    entropy_bits,
+    normal_nodes,
+    snr,
+    straight,
+    symmetric_grid,
+    symmetric_grid_at_every_t,
+    variance_exploding,
+)
+
+LINEAR = Schedule.from_config(ScheduleConfig())
+COSINE = Schedule.from_config(ScheduleConfig(kind="cosine", num_timesteps=200))
+SHORT = Schedule.from_config(ScheduleConfig(num_timesteps=20, beta_start=0.005, beta_end=0.7))
+FEW = Schedule.from_config(ScheduleConfig(num_timesteps=6, beta_start=0.05, beta_end=0.8))
+PROCESSES = [LINEAR, COSINE, SHORT, variance_exploding(), straight()]
+NAMES = ["linear", "cosine", "short", "ve", "straight"]
+FIXED: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "analytic")
+DATA = GaussianData(0.25)
+ATOMS = atoms([-1.0, -0.5, 0.25, 1.0], [0.1, 0.4, 0.3, 0.2])
+LN_2 = math.log(2)
+GAIN = 0.9
+"""The imperfect network says 0.9·E[x_0|x_t]."""
+
+
+def _worse(network: EpsTheta) -> EpsTheta:
+    return lambda x_t, t: GAIN * network(x_t, t)
+
+
+def _gaussian_mse(process: LinearGaussianProcess) -> Tensor:
+    """m_θ of the imperfect network: the Bayes error and (1 − 0.9)²·E[E[x_0|x_t]²]."""
+    signal = process.a.square() * DATA.variance**2 / DATA.marginal_variance(process)
+    return DATA.bayes_x_start_mse(process) + (1 - GAIN) ** 2 * signal
+
+
+def _reverse(process: LinearGaussianProcess, variance_type: VarianceType, mse: Tensor) -> ReverseProcess:
+    return ReverseProcess(process, "x_start", variance_type, clip=False, x_start_mse=mse)
+
+
+def _gaussian_ledger(process: LinearGaussianProcess, variance_type: VarianceType) -> tuple[Ledger, float]:
+    """The ledger with a decoder that is a density, and the variance of that decoder."""
+    mse = _gaussian_mse(process)
+    reverse = _reverse(process, variance_type, mse)
+    first = float(reverse.log_variance_table()[0].exp())
+    decoder = (0.5 * math.log(2 * math.pi * first) + 0.5 * float(mse[0]) / first) / LN_2
+    x_start, _ = symmetric_grid(DATA)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * DATA.variance)
+    prior = float(prior_term(process, x_start).mean())
+    return (
+        bound_ledger(reverse, mse, prior=prior, decoder=decoder, bayes=DATA.bayes_curve, entropy=entropy),
+        first,
+    )
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+@pytest.mark.parametrize("variance_type", FIXED)
+def test_every_part_for_gaussian_data(process: LinearGaussianProcess, variance_type: VarianceType) -> None:
+    got, first = _gaussian_ledger(process, variance_type)
+    ratio, s2 = snr(process), DATA.variance
+    drop = ratio[:-1] - ratio[1:]
+    bayes, mse = DATA.bayes_x_start_mse(process), _gaussian_mse(process)
+    x = drop * mse[1:]
+    area = 0.5 * math.log((1 + s2 * float(ratio[0])) / (1 + s2 * float(ratio[-1])))
+    expected = {
+        "continuous_time": area,
+        "finite_step": 0.5 * float((drop * bayes[1:]).sum()) - area,
+        "network_error": 0.5 * float((drop * (mse - bayes)[1:]).sum()),
+        "variance_optimum": 0.5 * float((x.log1p() - x).sum()),
+        "variance_choice": 0.0,
+    }
+    if variance_type == "fixed_small":
+        expected["variance_choice"] = 0.5 * float((x - x.log1p()).sum())
+    elif variance_type == "fixed_large":
+        widening = (process.b[1:] / process.b[:-1]).square()
+        large = widening.log() - 1 + (1 + x) / widening
+        expected["variance_choice"] = 0.5 * float((large - x.log1p()).sum())
+    marginal, total = float(DATA.marginal_variance(process)[-1]), float((process.a**2 + process.b**2)[-1])
+    expected["prior_mismatch"] = 0.5 * (marginal / total - 1 - math.log(marginal / total))
+    left = float(mse[0]) / first
+    expected["decoder_excess"] = 0.5 * (left - 1 + math.log(first / float(bayes[0])))
+    for name, nats in expected.items():
+        assert getattr(got, name) == pytest.approx(nats / LN_2, rel=1e-9, abs=1e-9), name
+    assert got.finite_step > 0
+    assert got.variance_optimum < 0
+    assert got.prior_mismatch is not None
+    assert got.prior_mismatch > 0 or process.ends_without_signal
+
+
+@pytest.mark.parametrize(
+    "process", [SHORT, FEW, variance_exploding(), straight()], ids=["short", "few", "ve", "straight"]
+)
+@pytest.mark.parametrize("variance_type", FIXED)
+def test_the_parts_sum_to_the_entropy_and_the_divergence_of_the_chains(
+    process: LinearGaussianProcess, variance_type: VarianceType
+) -> None:
+    """H(x_0) + KL(q(x_0, …, x_T) ‖ p_θ), both joint Gaussians, taken whole."""
+    got, _ = _gaussian_ledger(process, variance_type)
+    num = process.num_timesteps
+    a, b = (
+        torch.cat((table.new_full((1,), first), table))
+        for table, first in ((process.a, 1.0), (process.b, 0.0))
+    )
+    q = torch.diag(a.square() * DATA.variance + b.square())
+    for t in range(num):
+        scale = a[t + 1] / a[t]
+        q[t + 1, : t + 1] = q[: t + 1, t + 1] = scale * q[t, : t + 1]
+    sigma_squared = _reverse(process, variance_type, _gaussian_mse(process)).log_variance_table().exp()
+    p = torch.zeros_like(q)
+    p[num, num] = a[num].square() + b[num].square()
+    slope_0 = GAIN * a[1:] * DATA.variance / DATA.marginal_variance(process)
+    kept = (snr(process) / before(snr(process), math.inf)).nan_to_num()
+    coef1 = a[:-1] * (1 - kept)
+    coef2 = kept * (a[:-1] / a[1:]).nan_to_num(posinf=0.0)
+    for t in reversed(range(num)):
+        slope = coef1[t] * slope_0[t] + coef2[t]
+        p[t, t + 1 :] = p[t + 1 :, t] = slope * p[t + 1, t + 1 :]
+        p[t, t] = slope**2 * p[t + 1, t + 1] + sigma_squared[t]
+    kl = 0.5 * (torch.linalg.solve(p, q).trace() - (num + 1) + torch.logdet(p) - torch.logdet(q))
+    assert got.entropy is not None
+    assert got.total == pytest.approx(got.entropy + float(kl) / LN_2, rel=1e-9)
+
+
+@pytest.mark.parametrize("variance_type", FIXED)
+def test_the_network_s_share_and_the_variance_s_vanish_at_the_best(variance_type: VarianceType) -> None:
+    """The best network and variance reach the entropy of Gaussian data but for the prior's mismatch."""
+    reverse = _reverse(SHORT, variance_type, DATA.bayes_x_start_mse(SHORT))
+    got = bound_ledger(reverse, DATA.bayes_x_start_mse(SHORT), prior=0.0, decoder=0.0, bayes=DATA.bayes_curve)
+    assert got.network_error == pytest.approx(0.0, abs=1e-12)
+    assert got.finite_step + got.variance_optimum == pytest.approx(0.0, abs=1e-9)
+    if variance_type == "analytic":
+        assert got.variance_choice == pytest.approx(0.0, abs=1e-12)
+    else:
+        assert got.variance_choice > 0.01
+
+
+def test_every_part_for_atoms() -> None:
+    """Against E[bound_term] and the divergences, each a sum over nodes that knows nothing of SNR or m."""
+    entropy = entropy_bits(ATOMS)
+    network = _worse(ATOMS.x_start_theta(FEW))
+    z, weight = normal_nodes(241, 9.0)
+    x_start = ATOMS.means.expand(4, 241).reshape(-1, 1, 1, 1)
+    noise = z.repeat(4).reshape(-1, 1, 1, 1)
+    mass = (ATOMS.weights[:, None] * weight).flatten()
+    mse, terms = [], []
+    for t in range(6):
+        at = torch.full((len(mass),), t)
+        x_t = FEW.a[t] * x_start + FEW.b[t] * noise
+        mse.append((mass * (network(x_t, at) - x_start).flatten().square()).sum())
+    errors = torch.stack(mse)
+    for variance_type in FIXED:
+        reverse = _reverse(FEW, variance_type, errors)
+        terms = [
+            float(mass @ bound_term(network, reverse, x_start, torch.full((len(mass),), t), noise, levels=9))
+            for t in range(6)
+        ]
+        prior = float(mass @ prior_term(FEW, x_start))
+        got = bound_ledger(
+            reverse, errors, prior=prior, decoder=terms[0], bayes=ATOMS.bayes_curve, entropy=entropy
+        )
+        assert got.total == pytest.approx(sum(terms) + prior, abs=1e-9)
+
+        grid = torch.linspace(-12, 12, 8001, dtype=torch.float64)
+        log_q = ATOMS.log_density(FEW, 5, grid[:, None])
+        log_p = torch.distributions.Normal(0.0, 1.0).log_prob(grid)
+        mismatch = float(torch.trapezoid(log_q.exp() * (log_q - log_p), grid)) / LN_2
+        assert got.prior_mismatch == pytest.approx(mismatch, abs=1e-9)
+
+        x_1 = (FEW.a[0] * x_start + FEW.b[0] * noise).flatten()[:, None]
+        log_share, _, _ = ATOMS.components(FEW.a[:1].expand(len(x_1)), FEW.b[:1].expand(len(x_1)), x_1)
+        share = log_share.softmax(1)
+        conditional = float(mass @ -(share * share.clamp(min=1e-300).log2()).sum(1))
+        assert got.decoder_excess == pytest.approx(terms[0] - conditional, abs=1e-9)
+        assert got.decoder_excess is not None
+        assert got.decoder_excess > 0
+        assert got.total - entropy > 0.01
+        parts = got.decoder_excess + mismatch + got.finite_step + (got.network_error or 0.0)
+        assert got.total == pytest.approx(
+            entropy + parts + got.variance_optimum + got.variance_choice, abs=1e-9
+        )
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+@pytest.mark.parametrize("variance_type", FIXED)
+def test_one_curve_gives_the_bound_of_every_schedule(
+    process: LinearGaussianProcess, variance_type: VarianceType
+) -> None:
+    """Against bound_term with the best network, over pairs that have the exact second moments."""
+    x_start, noise, t = symmetric_grid_at_every_t(DATA, process)
+    reverse = _reverse(process, variance_type, DATA.bayes_x_start_mse(process))
+    terms = bound_term(DATA.x_start_theta(process), reverse, x_start, t, noise, levels=17)
+    terms = terms.reshape(-1, 4).mean(1)
+    got = bound_from_curve(
+        process, DATA.bayes_curve, decoder=float(terms[0]), mean_square=0.25, variance_type=variance_type
+    )
+    torch.testing.assert_close(got.consistency[1:], terms[1:], rtol=1e-8, atol=1e-13)
+    assert float(got.consistency[0]) == 0.0
+    prior = float(prior_term(process, x_start).mean())
+    assert got.total == pytest.approx(float(terms.sum()) + prior, rel=1e-9)
+
+
+def test_one_curve_of_atoms_gives_the_bound_of_two_schedules() -> None:
+    z, weight = normal_nodes(241, 9.0)
+    x_start, noise = ATOMS.means.expand(4, 241).reshape(-1, 1, 1, 1), z.repeat(4).reshape(-1, 1, 1, 1)
+    mass = (ATOMS.weights[:, None] * weight).flatten()
+    for process in (FEW, variance_exploding(8)):
+        got = bound_from_curve(process, ATOMS.bayes_curve, decoder=0.0, mean_square=ATOMS.mean_square)
+        reverse = ReverseProcess(process, "x_start", clip=False)
+        for t in range(1, process.num_timesteps):
+            at = torch.full((len(mass),), t)
+            term = bound_term(ATOMS.x_start_theta(process), reverse, x_start, at, noise, levels=9)
+            assert float(got.consistency[t]) == pytest.approx(float(mass @ term), rel=1e-9)
+        assert got.prior == pytest.approx(float(mass @ prior_term(process, x_start)), rel=1e-9)
+
+
+def _measured(
+    variance_type: VarianceType, clip: bool, mse: Tensor | None = None
+) -> tuple[BoundAccumulator, ReverseProcess]:
+    reverse = ReverseProcess(SHORT, "x_start", variance_type, clip, x_start_mse=mse)
+    accumulator = BoundAccumulator(reverse, levels=9, num_strata=19, seed=0)
+    images = ATOMS.sample(300 * 4, 0).reshape(300, 1, 2, 2)
+    accumulator.add(_worse(ATOMS.x_start_theta(SHORT)), images, torch.arange(300))
+    return accumulator, reverse
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_a_measured_bound_is_divided_without_a_rest(variance_type: VarianceType, clip: bool) -> None:
+    """The measured m(t) gives the measured terms to rounding, and the parts sum to the estimate's total."""
+    accumulator, reverse = _measured(variance_type, clip)
+    estimate, measured = accumulator.result(), accumulator.per_t()
+    terms = consistency_terms(reverse, measured.x_start_mse)
+    torch.testing.assert_close(terms[1:], measured.term[1:], rtol=1e-9, atol=1e-12)
+    got = bound_ledger(reverse, measured.x_start_mse, prior=estimate.prior, decoder=estimate.reconstruction)
+    assert got.total == pytest.approx(estimate.total, rel=1e-9)
+    assert got.network_error is None
+    assert got.entropy is None
+    assert got.variance_choice > 0
+    with_bayes = bound_ledger(
+        reverse,
+        measured.x_start_mse,
+        prior=estimate.prior,
+        decoder=estimate.reconstruction,
+        bayes=ATOMS.bayes_curve,
+    )
+    assert with_bayes.total == pytest.approx(estimate.total, rel=1e-9)
+    assert with_bayes.network_error is not None
+
+
+def test_the_measured_error_makes_the_best_fixed_variance() -> None:
+    small, _ = _measured("fixed_small", clip=False)
+    large, _ = _measured("fixed_large", clip=False)
+    best, analytic = _measured("analytic", clip=False, mse=small.per_t().x_start_mse)
+    torch.testing.assert_close(best.per_t().x_start_mse, small.per_t().x_start_mse)
+    terms = best.per_t().term
+    assert bool((terms <= small.per_t().term + 1e-12).all())
+    assert bool((terms <= large.per_t().term + 1e-12).all())
+    assert best.result().total < min(small.result().total, large.result().total) - 0.01
+    got = bound_ledger(analytic, small.per_t().x_start_mse, prior=0.0, decoder=0.0)
+    assert got.variance_choice == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_learned_variance_needs_its_measured_terms() -> None:
+    mse = DATA.bayes_x_start_mse(SHORT)
+    reverse = ReverseProcess(SHORT, variance_type="learned_range")
+    with pytest.raises(ValueError, match=r"^variance_type: "):
+        bound_ledger(reverse, mse, prior=0.0, decoder=1.0)
+    consistency = consistency_terms(_reverse(SHORT, "analytic", mse), mse) + 0.01
+    got = bound_ledger(reverse, mse, prior=0.5, decoder=1.0, consistency=consistency)
+    assert got.variance_choice == pytest.approx(0.19, abs=1e-9)
+    assert got.total == pytest.approx(1.5 + float(consistency[1:].sum()), rel=1e-12)
+
+
+def test_a_chain_of_one_step_has_nothing_between_its_ends() -> None:
+    one = Schedule.from_betas(torch.tensor([0.4], dtype=torch.float64))
+    got = bound_ledger(ReverseProcess(one), torch.tensor([0.1]), prior=0.25, decoder=1.5)
+    assert got.total == 1.75
+    assert (got.continuous_time, got.finite_step, got.variance_choice) == (0.0, 0.0, 0.0)
+
+
+def test_finer_steps_cost_less() -> None:
+    """½·Σ ΔSNR·m goes to its area as 1/T."""
+    costs = []
+    for num in (500, 1000, 2000):
+        process = variance_exploding(num, first=0.05, last=50.0)
+        mse = DATA.bayes_x_start_mse(process)
+        costs.append(
+            bound_ledger(
+                ReverseProcess(process), mse, prior=0.0, decoder=0.0, bayes=DATA.bayes_curve
+            ).finite_step
+        )
+    assert costs[0] / costs[1] == pytest.approx(2.0, rel=0.01)
+    assert costs[1] / costs[2] == pytest.approx(2.0, rel=0.01)
+
+
+# Curves
+
+
+def test_a_measured_curve_integrates_powers_of_the_snr_exactly() -> None:
+    log_snr = torch.tensor([2.0, -1.0, 0.0, math.nan, 5.0], dtype=torch.float64)
+    for power in (-2.0, -1.0, -0.3, 0.0, 1.0):
+        curve = MeasuredCurve(log_snr, 0.7 * torch.exp(power * log_snr))
+        for low, high in ((-1.0, 5.0), (-0.5, 1.3), (2.0, 2.0), (0.0, 2.0)):
+            grown = power + 1
+            exact = high - low if grown == 0 else (math.exp(grown * high) - math.exp(grown * low)) / grown
+            assert curve.integral(low, high) == pytest.approx(0.7 * exact, rel=1e-12, abs=1e-14)
+        at = torch.tensor([-1.0, -0.3, 4.0], dtype=torch.float64)
+        torch.testing.assert_close(curve(at), 0.7 * torch.exp(power * at), rtol=1e-12, atol=0)
+
+
+def test_a_measured_curve_is_constant_beyond_its_ends() -> None:
+    curve = MeasuredCurve(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.25]))
+    at = torch.tensor([-math.inf, -3.0, 0.0, 1.0, 8.0], dtype=torch.float64)
+    torch.testing.assert_close(curve(at).tolist(), [0.5, 0.5, 0.5, 0.25, 0.25])
+    assert curve.integral(-math.inf, 0.0) == pytest.approx(0.5)
+    assert curve.integral(-math.inf, -2.0) == pytest.approx(0.5 * math.exp(-2))
+    assert curve.integral(1.0, 3.0) == pytest.approx(0.25 * (math.exp(3) - math.exp(1)))
+    one = MeasuredCurve(torch.tensor([0.3]), torch.tensor([0.5], dtype=torch.bfloat16))
+    assert snr_integral(one, -math.inf, 2.0) == pytest.approx(0.5 * math.exp(2), rel=1e-12)
+
+
+def test_the_two_integrals_agree() -> None:
+    """A fine table of the Gaussian curve, and quadrature of the function, against ½·ln."""
+    log_snr = torch.linspace(-12, 10, 4001, dtype=torch.float64)
+    table = MeasuredCurve(log_snr, DATA.bayes_curve(log_snr))
+    for low, high in ((-9.0, 8.0), (-0.1, 0.1), (1.0, 9.5), (-11.0, -10.0)):
+        expected = math.log((1 + 0.25 * math.exp(high)) / (1 + 0.25 * math.exp(low)))
+        assert snr_integral(DATA.bayes_curve, low, high) == pytest.approx(expected, rel=1e-11)
+        assert snr_integral(table, low, high) == pytest.approx(expected, rel=1e-5)
+    for curve in (DATA.bayes_curve, table):
+        assert snr_integral(curve, -math.inf, -math.inf) == snr_integral(curve, 1.5, 1.5) == 0.0
+    expected = math.log1p(0.25 * math.exp(3))
+    assert snr_integral(DATA.bayes_curve, -math.inf, 3.0) == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("x_start_mse", lambda r, m: bound_ledger(r, m[:5], prior=0.0, decoder=0.0)),
+        ("x_start_mse", lambda r, m: bound_ledger(r, m * math.nan, prior=0.0, decoder=0.0)),
+        ("x_start_mse", lambda r, m: consistency_terms(r, -m)),
+        ("x_start_mse", lambda r, m: consistency_terms(r, torch.ones(20, dtype=torch.int64))),
+        ("consistency", lambda r, m: bound_ledger(r, m, prior=0.0, decoder=0.0, consistency=m[1:])),
+        ("entropy", lambda r, m: bound_ledger(r, m, prior=0.0, decoder=0.0, entropy=1.0)),
+        (
+            "variance_type",
+            lambda r, m: bound_from_curve(
+                SHORT, DATA.bayes_curve, decoder=0.0, mean_square=1.0, variance_type="learned_range"
+            ),
+        ),
+        (
+            "mean_square",
+            lambda r, m: bound_from_curve(SHORT, DATA.bayes_curve, decoder=0.0, mean_square=-1.0),
+        ),
+        ("low", lambda r, m: snr_integral(DATA.bayes_curve, 1.0, 0.0)),
+        ("low", lambda r, m: snr_integral(MeasuredCurve(m, m), math.nan, 0.0)),
+        ("high", lambda r, m: snr_integral(DATA.bayes_curve, 0.0, math.inf)),
+        ("x_start_mse", lambda r, m: MeasuredCurve(m, m * math.nan)),
+        ("x_start_mse", lambda r, m: MeasuredCurve(m, 0 * m)),
+        ("x_start_mse", lambda r, m: MeasuredCurve(m, m[1:])),
+        ("log_snr", lambda r, m: MeasuredCurve(0 * m, m)),
+        ("log_snr", lambda r, m: MeasuredCurve(m.long(), m)),
+    ],
+)
+def test_errors_name_the_argument(name: str, call: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        call(ReverseProcess(SHORT), DATA.bayes_x_start_mse(SHORT))
