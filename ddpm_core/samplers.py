@@ -7,7 +7,7 @@ the batch or the worker that makes it. Whatever a rule carries from step to step
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from ddpm_core.types import EpsTheta, VarianceType
 SamplerKind: TypeAlias = Literal["ancestral", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "heun"]
 Spacing: TypeAlias = Literal["linspace", "leading", "trailing", "quadratic", "karras"]
 
-SAMPLER_KINDS = ("ancestral", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "heun")
-SPACINGS = ("linspace", "leading", "trailing", "quadratic", "karras")
+SAMPLER_KINDS: tuple[SamplerKind, ...] = get_args(SamplerKind)
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,7 @@ def trajectory(
         return advance(step, x_t, pred_x_start, other if step.on_other else None, noise)
 
     before: Tensor | None = None
-    with torch.no_grad():
-        x_t = draw(0) * float(chain.total_variance[-1]) ** 0.5
+    x_t = draw(0) * float(chain.total_variance[-1]) ** 0.5
     for position in reversed(range(len(timesteps))):
         with torch.no_grad():
             output, pred_x_start = evaluate(position, x_t)
