@@ -42,10 +42,7 @@ def karras_log_snr(largest: float, smallest: float, num_points: int, rho: float 
     # in units of the largest σ^{1/ρ}, so that nothing overflows; the way down from it, so that one point is it
     ratio = math.exp((smallest - largest) / (2.0 * rho))
     roots = torch.linspace(1.0, ratio, num_points, dtype=torch.float64)
-    log_snr = smallest - 2.0 * rho * roots.log()
-    if num_points > 1:
-        log_snr[-1] = largest
-    return log_snr.flip(0)
+    return (smallest - 2.0 * rho * roots.log()).flip(0)
 
 
 def nearest_timesteps(process: LinearGaussianProcess, log_snr: Tensor) -> Tensor:
@@ -53,11 +50,10 @@ def nearest_timesteps(process: LinearGaussianProcess, log_snr: Tensor) -> Tensor
     check_floating("log_snr", log_snr)
     noise = -process.log_snr.cpu()  # rising
     wanted = -log_snr.to("cpu", torch.float64).contiguous()
-    above = torch.searchsorted(noise, wanted).clamp(1 if len(noise) > 1 else 0, len(noise) - 1)
+    above = torch.searchsorted(noise, wanted).clamp(max=len(noise) - 1)
     below = (above - 1).clamp(min=0)
-    # an infinite last noise level is nearest to itself alone
-    is_below = (wanted - noise[below] <= noise[above] - wanted) & (wanted < noise[above])
-    return torch.where(is_below, below, above)
+    # (an infinite level is nearest to itself alone: inf − inf is nan, and no comparison holds)
+    return torch.where(wanted - noise[below] <= noise[above] - wanted, below, above)
 
 
 def karras_timesteps(process: LinearGaussianProcess, num_steps: int, rho: float = 7.0) -> Tensor:

@@ -197,6 +197,8 @@ def test_chains_of_any_length(kind, num_timesteps: int, is_silent: bool) -> None
     for table in tables:
         assert bool(table.isfinite().all())
     assert [float(table[0]) for table in tables] == [0.0, 1.0, 0.0, 0.0]
+    if kind != "heun" or is_silent:
+        assert float(tables.on_other[-1]) == 0.0
 
 
 @pytest.mark.parametrize("kind", SAMPLER_KINDS)
