@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_same_shape, require
+from ddpm_core._checks import check_floating, check_same_shape, require
 from ddpm_core.predictions import (
     PredictionType,
     predict_eps,
@@ -40,7 +40,8 @@ class ReverseProcess:
     being the second half of the output's channels; "analytic" has σ² = β̃ + c1²·m(t), which is the best there is for
     the network (Bao et al. 2022, arXiv:2201.06503), m its mean squared error of x_0 a dimension, x_start_mse
     float64 `[T]`. At t == 0, where β̃ = 0, β̃ and fixed_large take index 1's β̃.
-    clip: limit x̂_0 to [−1, 1].
+    clip: limit x̂_0 to [−1, 1]. threshold_quantile: instead of that limit each image's x̂_0 to ±s and divide it by s,
+    s = max(1, that quantile of its |x̂_0|) (dynamic thresholding, Saharia et al. 2022, arXiv:2205.11487).
     Raises ValueError naming the field that is wrong.
     """
 
@@ -49,10 +50,12 @@ class ReverseProcess:
     variance_type: VarianceType = "fixed_small"
     clip: bool = True
     x_start_mse: Tensor | None = None
+    threshold_quantile: float | None = None
 
     def __post_init__(self) -> None:
         x_start_tables(self.process, self.prediction_type)
         check_variance_type(self.variance_type)
+        check_threshold_quantile(self.threshold_quantile)
         if self.variance_type == "analytic":
             mse = self.x_start_mse
             if mse is None:
@@ -64,6 +67,17 @@ class ReverseProcess:
         """The same with its process's tables on device."""
         process = self.process.to(device)
         return self if process is self.process else replace(self, process=process)
+
+    @property
+    def limits(self) -> bool:
+        """Whether `limit` changes anything."""
+        return self.clip or self.threshold_quantile is not None
+
+    def limit(self, x_start: Tensor) -> Tensor:
+        """x̂_0 `[B, ...]` clipped or thresholded to [−1, 1] as the fields say, or as it is."""
+        if self.threshold_quantile is not None:
+            return dynamic_threshold(x_start, self.threshold_quantile)
+        return x_start.clamp(-1.0, 1.0) if self.clip else x_start
 
     def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output's prediction, and its v if the variance is learned. Raises ValueError for another shape."""
@@ -83,8 +97,8 @@ class ReverseProcess:
         """x̂_0 and ε̂ of the network's output at x_t `[B, C, H, W]`, t int64 `[B]`."""
         prediction, _ = self.split(output, x_t)
         x_start = predict_x_start(self.process, x_t, t, prediction, self.prediction_type)
-        if self.clip:
-            x_start = x_start.clamp(-1.0, 1.0)
+        if self.limits:
+            x_start = self.limit(x_start)
         elif self.prediction_type == "eps":
             return Prediction(x_start, prediction)
         return Prediction(x_start, predict_eps(self.process, x_t, t, x_start))
@@ -128,7 +142,36 @@ class ReverseProcess:
         target = prediction_target(self.process, self.prediction_type, x_start, t, noise)
         _, on_output = x_start_tables(self.process, self.prediction_type)
         error = self.process.gather(on_output, t, x_start) * (prediction.to(dtype) - target)
-        return (x_start + error).clamp(-1.0, 1.0) - x_start if self.clip else error
+        return self.limit(x_start + error) - x_start if self.limits else error
+
+
+def dynamic_threshold(x_start: Tensor, quantile: float) -> Tensor:
+    """x_0 `[B, ...]` limited to ±s and divided by s, s = max(1, the quantile of |x_0|) of each image.
+
+    Saharia et al. 2022, section 2.3. quantile in (0, 1], linear between the order statistics; 1 is the largest.
+    Returns values in [−1, 1], like x_start. Raises ValueError naming the argument that is wrong.
+    """
+    check_floating("x_start", x_start)
+    require(0 < quantile <= 1, "quantile", "above 0 and at most 1", quantile)
+    # torch.quantile knows float32 and float64 only, and less than 2^24 numbers a call: hence the order statistics
+    sizes, _ = x_start.abs().flatten(1).sort(dim=1)
+    sizes = sizes if sizes.dtype == torch.float64 else sizes.float()
+    place = quantile * (sizes.shape[1] - 1)
+    low = int(place)
+    high = min(low + 1, sizes.shape[1] - 1)
+    limit = torch.lerp(sizes[:, low], sizes[:, high], place - low).clamp(min=1.0)
+    limit = limit.to(x_start.dtype).reshape(-1, *[1] * (x_start.dim() - 1))
+    return torch.minimum(torch.maximum(x_start, -limit), limit) / limit
+
+
+def check_threshold_quantile(quantile: float | None) -> None:
+    """Raises ValueError unless quantile is None or in (0, 1]."""
+    require(
+        quantile is None or 0 < quantile <= 1,
+        "threshold_quantile",
+        "above 0 and at most 1, or null",
+        quantile,
+    )
 
 
 def check_variance_type(variance_type: str) -> None:

@@ -1,50 +1,70 @@
-"""Samplers: Algorithm 2 of Ho et al. 2020, and DDIM (Song et al. 2021, arXiv:2010.02502), whole or respaced.
+"""Samplers: the way from x_T to an image by the step rules of `ddpm_core.steps`, whole or respaced.
 
-One pure function computes one step; a generator drives the loop; the noise of image i is a function of
-(seed, i), so that an image does not depend on the batch or the worker that makes it.
+A generator drives the loop; the noise of image i is a function of (seed, i), so that an image does not depend on
+the batch or the worker that makes it. Whatever a rule carries from step to step, the last x̂_0, stands in the loop.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ddpm_core import rng
-from ddpm_core._checks import check_index, check_same_shape, require
-from ddpm_core.predictions import PredictionType
-from ddpm_core.process import LinearGaussianProcess, q_posterior, shifted
-from ddpm_core.reverse import ReverseProcess, check_variance_type
+from ddpm_core import rng, steps
+from ddpm_core._checks import check_index, require
+from ddpm_core.chains import karras_timesteps
+from ddpm_core.predictions import PredictionType, x_start_tables
+from ddpm_core.process import LinearGaussianProcess
+from ddpm_core.reverse import ReverseProcess, check_threshold_quantile, check_variance_type
+from ddpm_core.steps import StepTables, advance
 from ddpm_core.types import EpsTheta, VarianceType
+
+SamplerKind: TypeAlias = Literal["ancestral", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "heun"]
+Spacing: TypeAlias = Literal["linspace", "leading", "trailing", "quadratic", "karras"]
+
+SAMPLER_KINDS: tuple[SamplerKind, ...] = get_args(SamplerKind)
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """Which sampler.
 
-    kind: "ancestral" is Algorithm 2, "ddim" is Song et al. Eq. 12. num_steps: how many of the T timesteps are
-    visited; None means all. eta: DDIM's noise, 0 (none) to 1 (that of ancestral fixed_small).
-    variance_type: ancestral's σ_t². clip: limit x̂_0 to [−1, 1] in each step. eta and variance_type are ignored
-    by the other kind.
+    kind: "ancestral" is Algorithm 2, "ddim" is Song et al. Eq. 12, "dpm_solver_pp_2m" is DPM-Solver++(2M),
+    "dpm_solver_pp_2m_sde" its form with noise, "heun" the second-order rule of Karras et al. (spacing "karras" is
+    theirs too), which asks the network twice a step, but once in the last: see `ddpm_core.steps`.
+    num_steps: how many of the T timesteps are visited; None means all. spacing: which ones, see
+    `visited_timesteps`; karras_rho is the ρ of "karras".
+    eta: DDIM's noise, 0 (none) to 1 (that of ancestral fixed_small). variance_type: ancestral's σ_t². Both are
+    ignored by the other kinds.
+    clip: limit x̂_0 to [−1, 1] in each step; threshold_quantile: dynamic thresholding in its place, see
+    `ReverseProcess`.
     Raises ValueError naming the field that is out of range.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, not a field)
 
-    kind: Literal["ancestral", "ddim"] = "ddim"
+    kind: SamplerKind = "ddim"
     num_steps: int | None = 50
     eta: float = 0.0
     variance_type: VarianceType = "fixed_large"
     clip: bool = True
+    spacing: Spacing = "linspace"
+    karras_rho: float = 7.0
+    threshold_quantile: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.kind in ("ancestral", "ddim"), "kind", "'ancestral' or 'ddim'", self.kind)
+        require(self.kind in SAMPLER_KINDS, "kind", _one_of(SAMPLER_KINDS), self.kind)
         require(
             self.num_steps is None or self.num_steps >= 1, "num_steps", "at least 1 or null", self.num_steps
         )
         require(0 <= self.eta <= 1, "eta", "between 0 and 1", self.eta)
         check_variance_type(self.variance_type)
+        require(self.spacing in SPACINGS, "spacing", _one_of(SPACINGS), self.spacing)
+        require(0 < self.karras_rho < math.inf, "karras_rho", "positive and finite", self.karras_rho)
+        check_threshold_quantile(self.threshold_quantile)
 
 
 class TrajectoryStep(NamedTuple):
@@ -56,24 +76,53 @@ class TrajectoryStep(NamedTuple):
 
 
 def sampling_timesteps(num_timesteps: int, num_steps: int | None) -> Tensor:
-    """The visited timesteps, int64 `[num_steps]`, increasing: evenly spaced from 0 to T−1, both included.
+    """The timesteps of spacing "linspace", int64 `[num_steps]`, increasing: evenly from 0 to T−1, both included.
 
     T−1 is included because x_T ~ N(0, I) is the state at T−1 and at no other timestep, and 0 because the
     image's finest detail is decided there. With one step it is T−1 alone.
     Raises ValueError if num_steps is not in 1..T.
     """
-    steps = num_timesteps if num_steps is None else num_steps
+    num_visited = num_timesteps if num_steps is None else num_steps
     require(
-        1 <= steps <= num_timesteps,
+        1 <= num_visited <= num_timesteps,
         "num_steps",
         f"in 1..{num_timesteps} (the schedule's num_timesteps)",
         num_steps,
     )
-    if steps == 1:
+    if num_visited == 1:
         return torch.tensor([num_timesteps - 1])
     # Integer arithmetic for round(i·(T−1)/(S−1)): linspace in floating point may differ between devices.
-    position = torch.arange(steps)
-    return (2 * position * (num_timesteps - 1) + steps - 1) // (2 * (steps - 1))
+    position = torch.arange(num_visited)
+    return (2 * position * (num_timesteps - 1) + num_visited - 1) // (2 * (num_visited - 1))
+
+
+def visited_timesteps(process: LinearGaussianProcess, config: SamplerConfig) -> Tensor:
+    """The timesteps of process that a sampler visits, int64 `[num_steps]`, increasing.
+
+    "linspace": `sampling_timesteps`. "leading": every (T//S)-th from 0. "trailing": every (T/S)-th down from T−1.
+    "quadratic": evenly in √t. "karras": evenly in σ^{1/ρ}, `ddpm_core.chains.karras_timesteps`. Where T−1 is not
+    among them (leading), the noise of x_T is taken for the state at the last one.
+    Raises ValueError if config.num_steps is above T.
+    """
+    num_timesteps = process.num_timesteps
+    num_steps = num_timesteps if config.num_steps is None else config.num_steps
+    if config.spacing == "karras":
+        return karras_timesteps(process, num_steps, config.karras_rho)
+    return _respaced_timesteps(num_timesteps, num_steps, config.spacing)
+
+
+def step_tables(reverse: ReverseProcess, config: SamplerConfig) -> StepTables:
+    """The step rule of config.kind on the (perhaps respaced) chain of reverse."""
+    process = reverse.process
+    if config.kind == "ancestral":
+        return steps.ancestral_tables(reverse)
+    if config.kind == "ddim":
+        return steps.ddim_tables(process, config.eta)
+    if config.kind == "dpm_solver_pp_2m":
+        return steps.dpm_solver_pp_2m_tables(process)
+    if config.kind == "dpm_solver_pp_2m_sde":
+        return steps.dpm_solver_pp_2m_sde_tables(process)
+    return steps.heun_tables(process)
 
 
 def denoise_step(
@@ -83,30 +132,22 @@ def denoise_step(
     t: Tensor,
     output: Tensor,
     noise: Tensor | None,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step t → t−1 of the given (perhaps respaced) chain. Returns (x_{t−1}, x̂_0), each like x_t.
 
-    ancestral: x_{t−1} = μ̃_t(x_t, x̂_0) + σ_t·z (Algorithm 2, line 4), σ_t of `reverse`.
-    ddim: x_{t−1} = a_{t−1}·x̂_0 + √(b²_{t−1} − σ²)·ε̂ + σ·z with σ² = η²·β̃_t, where ε̂ is taken from the
-    clipped x̂_0, so that the two always fit x_t.
-    At t == 0 no noise is added and x_{t−1} is x̂_0. t int64 `[B]`; noise z like x_t, None for z = 0.
+    The rule is config.kind's, see `ddpm_core.steps`; the variance, clipping and thresholding are those of reverse.
+    t int64 `[B]`; output the network's at x_t; noise z like x_t, None for z = 0. other: for 2M the x̂_0 of the
+    step before; for Heun None to reach the point of its second estimate, then x̂_0 there. None makes a step of
+    first order.
+    At t == 0 no noise is added and x_{t−1} is x̂_0.
     """
-    process = reverse.process
-    pred_x_start, eps = reverse.predict(output, x_t, t)
-    if config.kind == "ancestral":
-        mean, _, _ = q_posterior(process, pred_x_start, x_t, t)
-        sigma = (0.5 * reverse.log_variance(output, x_t, t)).exp().to(x_t.dtype)
-    else:
-        # b²_{t−1} − σ² = b²_{t−1}·(1 − η²·(1 − SNR_t/SNR_{t−1})), which cannot round below zero
-        direction = shifted(process.b, 0.0) * (1.0 - config.eta**2 * process.snr_loss).clamp(min=0.0).sqrt()
-        mean = process.gather(shifted(process.a, 1.0), t, x_t) * pred_x_start
-        mean = mean + process.gather(direction, t, x_t) * eps
-        sigma = process.gather(config.eta * process.posterior_variance.sqrt(), t, x_t)
-    if noise is None:
-        return mean, pred_x_start
-    check_same_shape("noise", noise, "x_t", x_t)
-    above_zero = (t > 0).to(x_t).reshape(-1, *[1] * (x_t.dim() - 1))
-    return mean + above_zero * sigma * noise, pred_x_start
+    pred_x_start = reverse.predict(output, x_t, t).x_start
+    step = step_tables(reverse, config).gather(reverse.process, t, x_t)
+    if noise is not None and config.kind == "ancestral" and reverse.variance_type == "learned_range":
+        above_zero = (t > 0).to(x_t).reshape(-1, *[1] * (x_t.dim() - 1))
+        step = step._replace(sigma=above_zero * _learned_sigma(reverse, output, x_t, t))
+    return advance(step, x_t, pred_x_start, other, noise), pred_x_start
 
 
 def trajectory(
@@ -122,41 +163,67 @@ def trajectory(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[TrajectoryStep]:
-    """The way from noise to image: a TrajectoryStep for each visited timestep, from T−1 down.
+    """The way from noise to image: a TrajectoryStep for each visited timestep, from the last one down.
 
     The last one's pred_x_start is the image, since the last step adds no noise and its mean is x̂_0.
     prediction_type: what the network predicts. x_start_mse: float64 `[T]`, for the variance type "analytic".
     index: int64 `[B]`, the images' numbers, which with seed decide all noise: x_T by draw 0, the noise of the
     step that leaves timestep t by draw t + 1. shape: (C, H, W). device: where states live (index.device if
     None). Noise is computed on index.device. Run the network in eval mode; no gradients are kept.
+    For a network or noise levels in continuous time see `ddpm_core.chains`.
     """
     check_index(index)
     device = index.device if device is None else torch.device(device)
-    timesteps = sampling_timesteps(process.num_timesteps, config.num_steps)
+    timesteps = visited_timesteps(process, config)
     is_whole = len(timesteps) == process.num_timesteps
-    chain = (process if is_whole else process.at(timesteps)).to(device)
+    # the steps' coefficients are numbers on the CPU, so that no look-up waits for the device
+    chain = (process if is_whole else process.at(timesteps)).to("cpu")
     reverse = ReverseProcess(
         chain,
         prediction_type,
         config.variance_type,
         config.clip,
         None if x_start_mse is None else x_start_mse[timesteps.to(x_start_mse.device)],
+        config.threshold_quantile,
     )
-    is_noisy = config.kind == "ancestral" or config.eta > 0
+    rule = step_tables(reverse, config).steps()
+    x_start_rule = [table.tolist() for table in x_start_tables(chain, prediction_type)]
+    is_learned = config.kind == "ancestral" and config.variance_type == "learned_range"
+    reverse = reverse.to(device)
 
     def draw(number: int) -> Tensor:
         return rng.normal(seed, "sample", index, shape, draw=number, dtype=dtype).to(device)
 
+    def everywhere(number: int) -> Tensor:
+        return torch.full(index.shape, number, dtype=torch.int64, device=device)
+
+    def evaluate(position: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        output = eps_theta(x_t, everywhere(int(timesteps[position])))
+        prediction, _ = reverse.split(output, x_t)
+        on_x_t, on_output = (table[position] for table in x_start_rule)
+        return output, reverse.limit(on_x_t * x_t + on_output * prediction.to(x_t.dtype))
+
+    def leave(
+        position: int, x_t: Tensor, output: Tensor, pred_x_start: Tensor, before: Tensor | None
+    ) -> Tensor:
+        step, other = rule[position], before
+        if config.kind == "heun" and step.on_other:
+            _, other = evaluate(position - 1, advance(step, x_t, pred_x_start))
+        if is_learned:
+            step = step._replace(sigma=_learned_sigma(reverse, output, x_t, everywhere(position)))
+        noise = draw(int(timesteps[position]) + 1) if is_learned or step.sigma else None
+        return advance(step, x_t, pred_x_start, other if step.on_other else None, noise)
+
+    before: Tensor | None = None
     x_t = draw(0) * float(chain.total_variance[-1]) ** 0.5
     for position in reversed(range(len(timesteps))):
-        timestep = int(timesteps[position])
         with torch.no_grad():
-            output = eps_theta(x_t, torch.full(index.shape, timestep, dtype=torch.int64, device=device))
-            noise = draw(timestep + 1) if is_noisy and position else None
-            t = torch.full(index.shape, position, dtype=torch.int64, device=device)
-            x_prev, pred_x_start = denoise_step(reverse, config, x_t, t, output, noise)
-        yield TrajectoryStep(timestep, x_t, pred_x_start)
-        x_t = x_prev
+            output, pred_x_start = evaluate(position, x_t)
+        yield TrajectoryStep(int(timesteps[position]), x_t, pred_x_start)
+        if position:
+            with torch.no_grad():
+                x_t = leave(position, x_t, output, pred_x_start, before)
+            before = pred_x_start
 
 
 def sample(
@@ -173,7 +240,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Images x_0 `[B, C, H, W]`, in [−1, 1] if config.clip. Arguments as in `trajectory`."""
-    steps = trajectory(
+    visited = trajectory(
         eps_theta,
         process,
         config,
@@ -186,7 +253,29 @@ def sample(
         dtype=dtype,
     )
     image = None
-    for step in steps:
+    for step in visited:
         image = step.pred_x_start
     assert image is not None, "a trajectory has one step or more"
     return image
+
+
+def _learned_sigma(reverse: ReverseProcess, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    return (0.5 * reverse.log_variance(output, x_t, t)).exp().to(x_t.dtype)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names[:-1]) + f" or {names[-1]!r}"
+
+
+def _respaced_timesteps(num_timesteps: int, num_steps: int, spacing: str) -> Tensor:
+    """A stand-in for ddpm_core.respacing.respaced_timesteps, to be removed when that is there."""
+    linspace = sampling_timesteps(num_timesteps, num_steps)
+    position = torch.arange(num_steps)
+    if spacing == "leading":
+        return position * (num_timesteps // num_steps)
+    if spacing == "trailing":
+        return (2 * (position + 1) * num_timesteps + num_steps) // (2 * num_steps) - 1
+    if spacing == "linspace" or num_steps == 1:
+        return linspace
+    halves = (num_steps - 1) ** 2
+    return torch.maximum((2 * position**2 * (num_timesteps - 1) + halves) // (2 * halves), position)

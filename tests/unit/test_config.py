@@ -132,7 +132,11 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
             "my.yaml: model.channel_mults.1: input should be a valid integer, unable to parse string as an "
             "integer, got 'a'",
         ),
-        ("sampler.kind=euler", "my.yaml: sampler.kind: input should be 'ancestral' or 'ddim', got 'euler'"),
+        (
+            "sampler.kind=euler",
+            "my.yaml: sampler.kind: input should be 'ancestral', 'ddim', 'dpm_solver_pp_2m', "
+            "'dpm_solver_pp_2m_sde' or 'heun', got 'euler'",
+        ),
         ("sampler.eta=2", "my.yaml: sampler.eta: must be between 0 and 1, got 2.0"),
         (
             "tune.beta_start=[0.5, 0.1]",

@@ -1,0 +1,95 @@
+"""Chains of noise levels that no schedule of integer timesteps holds, for samplers in continuous time.
+
+A sampler visits the points of a chain, and asks its network for the positions 0..S−1 of them. `retimed` puts in
+their place what the network is made for: the log-SNR, or the nearest timestep of the schedule it was trained with.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddpm_core._checks import check_floating, require
+from ddpm_core.process import LinearGaussianProcess
+from ddpm_core.types import EpsTheta
+
+
+def log_snr_chain(log_snr: Tensor) -> LinearGaussianProcess:
+    """The variance-preserving process at the given log-SNR, `[S]`, strictly falling; −∞ may be its last.
+
+    a² = sigmoid(log_snr), b² = sigmoid(−log_snr). Raises ValueError naming log_snr.
+    """
+    check_floating("log_snr", log_snr)
+    log_snr = log_snr.to(torch.float64)
+    return LinearGaussianProcess(
+        0.5 * F.logsigmoid(log_snr),
+        0.5 * F.logsigmoid(-log_snr),
+        total_variance=torch.ones_like(log_snr),
+    )
+
+
+def karras_log_snr(largest: float, smallest: float, num_points: int, rho: float = 7.0) -> Tensor:
+    """Log-SNRs float64 `[num_points]` from largest down to smallest, evenly spaced in σ^{1/ρ}, σ = exp(−log-SNR/2).
+
+    Karras et al. 2022, arXiv:2206.00364, Eq. 5, without its σ = 0. One point is smallest alone.
+    Raises ValueError naming the argument that is wrong.
+    """
+    require(math.isfinite(smallest), "smallest", "finite", smallest)
+    require(smallest < largest < math.inf, "largest", f"finite and above smallest ({smallest})", largest)
+    require(num_points >= 1, "num_points", "at least 1", num_points)
+    require(0 < rho < math.inf, "rho", "positive and finite", rho)
+    # in units of the largest σ^{1/ρ}, so that nothing overflows; the way down from it, so that one point is it
+    ratio = math.exp((smallest - largest) / (2.0 * rho))
+    roots = torch.linspace(1.0, ratio, num_points, dtype=torch.float64)
+    return (smallest - 2.0 * rho * roots.log()).flip(0)
+
+
+def nearest_timesteps(process: LinearGaussianProcess, log_snr: Tensor) -> Tensor:
+    """For each log-SNR `[S]` the timestep of process whose log-SNR is nearest, int64 `[S]`, on the CPU."""
+    check_floating("log_snr", log_snr)
+    noise = -process.log_snr.cpu()  # rising
+    wanted = -log_snr.to("cpu", torch.float64).contiguous()
+    above = torch.searchsorted(noise, wanted).clamp(max=len(noise) - 1)
+    below = (above - 1).clamp(min=0)
+    # (an infinite level is nearest to itself alone: inf − inf is nan, and no comparison holds)
+    return torch.where(wanted - noise[below] <= noise[above] - wanted, below, above)
+
+
+def karras_timesteps(process: LinearGaussianProcess, num_steps: int, rho: float = 7.0) -> Tensor:
+    """num_steps different timesteps of process nearest in log-SNR to those of `karras_log_snr`, int64, increasing.
+
+    They span 0 to T−1; one step is T−1 alone. Where two points are nearest to one timestep, they move to the next
+    free ones. Of a process that ends without signal T−1 (σ = ∞) is visited, and the others are spaced without it.
+    Raises ValueError naming the argument that is wrong.
+    """
+    num_timesteps = process.num_timesteps
+    require(
+        1 <= num_steps <= num_timesteps,
+        "num_steps",
+        f"in 1..{num_timesteps} (the schedule's num_timesteps)",
+        num_steps,
+    )
+    silent = int(process.ends_without_signal)
+    count, last = num_steps - silent, num_timesteps - 1 - silent
+    position = torch.arange(count)
+    if last > 0 and count > 0:
+        log_snr = process.log_snr.cpu()
+        points = karras_log_snr(float(log_snr[0]), float(log_snr[last]), count, rho)
+        nearest = nearest_timesteps(process, points)
+        # strictly increasing, and low enough that those after it find room
+        spread = (nearest - position).cummax(0).values + position
+        position = torch.minimum(spread, last - (count - 1) + position)
+    return torch.cat((position, torch.full((silent,), num_timesteps - 1)))
+
+
+def retimed(eps_theta: EpsTheta, times: Tensor) -> EpsTheta:
+    """The network that is asked for times[t] where the sampler asks for t.
+
+    times `[S]`: the chain's log_snr for a network of the log-SNR, `nearest_timesteps` for one of integer t.
+    """
+
+    def asked(x_t: Tensor, t: Tensor) -> Tensor:
+        return eps_theta(x_t, times[t.to(times.device)].to(x_t.device))
+
+    return asked
