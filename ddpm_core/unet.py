@@ -6,6 +6,7 @@ The CIFAR-10 configuration of the paper (image_size=32, in_channels=3, the other
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -182,6 +183,9 @@ class UNet(ConditionedNetwork):
         self.check(x_t, t, labels)
         temb = self.embed(t, labels)
         h = self.conv_in(x_t)
+        if h.device.type == "cpu":
+            # oneDNN's convolutions are faster over channels that lie together, and the norms hardly slower
+            h = h.contiguous(memory_format=torch.channels_last)
         skips = [h]
         for level in self.down:
             h, states = level(h, temb, self.run)
@@ -190,7 +194,8 @@ class UNet(ConditionedNetwork):
             h = self.run(block, h, temb)
         for level in self.up:
             h = level(h, temb, skips, self.run)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        return out.contiguous() if x_t.is_contiguous() else out
 
 
 def _initialise(net: UNet) -> None:

@@ -195,7 +195,8 @@ WHAT = [
     "model.attention_resolutions=[8]", "model.dropout=0.1", "model.num_groups=2", "model.image_size=16",
     "model.in_channels=3", "model.scale_shift_norm=true", "model.num_heads=2", "model.head_channels=4",
     "model.learned_variance=true", "model.num_classes=10", "model.conditioning=log_snr",
-    "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]", "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
+    "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
+    "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
     "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
 ]  # fmt: skip
 
