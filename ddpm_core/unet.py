@@ -6,7 +6,6 @@ The CIFAR-10 configuration of the paper (image_size=32, in_channels=3, the other
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from ddpm_core.unet_blocks import (
     Residual,
     UpLevel,
     Upsample,
+    laid_out,
 )
 
 _NORM_EPS = 1e-6
@@ -182,10 +182,7 @@ class UNet(ConditionedNetwork):
         """
         self.check(x_t, t, labels)
         temb = self.embed(t, labels)
-        h = self.conv_in(x_t)
-        if h.device.type == "cpu":
-            # oneDNN's convolutions are faster over channels that lie together, and the norms hardly slower
-            h = h.contiguous(memory_format=torch.channels_last)
+        h = laid_out(self.conv_in(x_t))
         skips = [h]
         for level in self.down:
             h, states = level(h, temb, self.run)
