@@ -116,6 +116,13 @@ def test_several_heads_agree_where_attention_has_one_width(num_heads: int) -> No
     compare(replace(TINY, num_heads=num_heads), torch.float32, 1e-5)
 
 
+@pytest.mark.parametrize("scale_shift_norm", [False, True])
+def test_larger_images_agree(scale_shift_norm: bool) -> None:
+    """Of a size at which the CPU takes its own ways: another memory format, the faster way up."""
+    config = UNetConfig(32, 3, 4, (1, 2), 1, (16,), 0.0, 2, scale_shift_norm=scale_shift_norm)
+    compare(config, torch.float32, 1e-5)
+
+
 @settings(max_examples=12, deadline=None)
 @given(configs())
 def test_the_mapping_there_and_back(config: UNetConfig) -> None:

@@ -256,6 +256,25 @@ def test_the_way_up_is_a_convolution_of_doubled_pixels(channels: int, size: int)
         ours = torch.autograd.grad(got.sin().sum(), inputs)
         theirs = torch.autograd.grad(expected.sin().sum(), inputs, retain_graph=True)
         torch.testing.assert_close(ours, theirs)
+    rounded = up.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = rounded(x.float())
+    assert got.dtype == torch.bfloat16
+    scale = float(expected.detach().abs().max())
+    assert float((got.double() - expected).detach().abs().max()) < 0.03 * scale
+    assert got.shape == rounded.to(torch.bfloat16)(x.to(torch.bfloat16)).shape == expected.shape
+
+
+def test_the_way_up_has_second_derivatives() -> None:
+    up = Upsample(1).double()
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64, requires_grad=True)
+    weight = up.conv.weight
+    doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    second = []
+    for out in (up(x), F.conv2d(doubled, weight, up.conv.bias, padding=1)):
+        (first,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), weight)[0])
+    torch.testing.assert_close(*second)
 
 
 @pytest.mark.parametrize(
