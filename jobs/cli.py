@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": "sweep T and the β range, ranked on held-out bits/dim",
     "sample": "mass-generate images from a checkpoint",
     "evaluate": "judge a set of samples, and the model's bits/dim",
+    "export": "a checkpoint as a diffusers pipeline",
     "submit": "run one of these jobs on a remote Ray cluster",
     "status": "how a submitted job is doing",
     "logs": "what a submitted job printed",

@@ -213,7 +213,7 @@ class Config(Section):
             "dataset": dataset_identity,
             "flip": self.data.flip,
             "schedule": asdict(self.schedule),
-            "model": asdict(self.model),
+            "model": self.model.identity(),
             "optimizer": self.optimizer.model_dump(mode="json"),
             "ema": self.ema.model_dump(mode="json"),
             "batch_size": self.train.batch_size,

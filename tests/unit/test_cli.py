@@ -115,7 +115,7 @@ def test_every_commands_help_explains_all_of_it(command: str, ddpm: Outcome) -> 
 
 
 def test_what_takes_a_configuration_takes_overrides() -> None:
-    for command in ("prepare", "train", "tune", "sample", "evaluate", "submit"):
+    for command in ("prepare", "train", "tune", "sample", "evaluate", "export", "submit"):
         options = {
             option for action in cli.command_parser(command)._actions for option in action.option_strings
         }
@@ -232,10 +232,10 @@ def test_two_mistakes_are_two_lines(ddpm: Outcome) -> None:
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "export"])
 def test_without_data_it_says_how_to_make_some(command: str, ddpm: Outcome, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    where = ("--set", f"data.uri={tmp_path}/none")
+    where = ("--set", f"data.uri={tmp_path}/none", *(("--out", "x") if command == "export" else ()))
     found = mistake(ddpm(command, "--config", str(tmp_path / "tiny.yaml"), *where))
     assert "ddpm prepare" in found
     assert not (tmp_path / "none").exists()
@@ -378,6 +378,27 @@ def test_evaluating_again_finds_the_work_done(
     assert {file.name for file in out.iterdir()} == {*names, "distances.png"}
     with pytest.raises(Again):
         ddpm("evaluate", *tiny, "--set", "bound.num_strata=5")
+
+
+def test_export_writes_a_pipeline_once(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    arguments = ("export", *tiny, "--out", str(folder))
+    assert "train first (ddpm train)" in mistake(ddpm(*arguments))
+    assert ddpm("train", *tiny, *STEPS, "--local")[0] == 0
+    assert "checkpoint '7'" in mistake(ddpm(*arguments, "--checkpoint", "7"))
+    other = mistake(ddpm(*arguments, "--set", "model.base_channels=12"))
+    assert "train first" in other  # another model is another run
+    assert not folder.exists()
+    code, out, err = ddpm(*arguments, "--checkpoint", "2")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(rf"export: file:///\S+step-000000002 → {re.escape(str(folder))}\n", out)
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+    assert f"{folder}: exists and is not empty" in mistake(ddpm(*arguments))
 
 
 def test_without_a_cluster_it_says_how_to_get_one(ddpm: Outcome, tiny: list[str]) -> None:

@@ -251,14 +251,16 @@ WHERE_AND_HOW_LONG = [
     "workers.cpus=2", "workers.gpus=1", "workers.max_failures=9", "tracking.experiment=other", "train.steps=7",
     "train.log_every=3", "train.eval_every=3", "train.checkpoint_every=3", "train.keep_checkpoints=9",
     "bound.num_strata=5", "bound.num_images=9", "sampler.kind=ancestral", "sampler.num_steps=3", "sample.count=5",
-    "sample.seed=3", "tune.num_trials=3", "tune.workers=2", "prepare.levels=5",
+    "sample.seed=3", "tune.num_trials=3", "tune.workers=2", "prepare.levels=5", "model.gradient_checkpointing=true",
 ]  # fmt: skip
 WHAT = [
     "name=other", "seed=1", "data.flip=false", "schedule.kind=cosine", "schedule.num_timesteps=51",
     "schedule.beta_start=0.0002", "schedule.beta_end=0.3", "schedule.cosine_s=0.01", "schedule.beta_max=0.9",
     "model.base_channels=12", "model.channel_mults=[1, 1]", "model.num_res_blocks=2",
     "model.attention_resolutions=[8]", "model.dropout=0.1", "model.num_groups=2", "model.image_size=16",
-    "model.in_channels=3", "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
+    "model.in_channels=3", "model.scale_shift_norm=true", "model.num_heads=2", "model.head_channels=4",
+    "model.learned_variance=true", "model.num_classes=10", "model.conditioning=log_snr",
+    "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
     "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
     "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
 ]  # fmt: skip
