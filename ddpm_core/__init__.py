@@ -11,9 +11,10 @@ from ddpm_core.bound import (
     prior_term,
 )
 from ddpm_core.ema import EMA, ema_decay
-from ddpm_core.objectives import draw_timesteps, simple_loss
+from ddpm_core.objectives import ObjectiveConfig, drop_labels, loss_weights, simple_loss, training_loss
 from ddpm_core.predictions import (
     PredictionType,
+    convert_prediction,
     predict_eps,
     predict_v,
     predict_x_start,
@@ -23,6 +24,7 @@ from ddpm_core.process import LinearGaussianProcess, q_posterior, q_sample
 from ddpm_core.reverse import Prediction, ReverseProcess
 from ddpm_core.samplers import SamplerConfig, TrajectoryStep, sample, sampling_timesteps, trajectory
 from ddpm_core.schedules import Schedule, ScheduleConfig, respace
+from ddpm_core.timesteps import LossMoments, draw_timesteps
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -32,6 +34,8 @@ __all__ = [
     "EMA",
     "EpsTheta",
     "LinearGaussianProcess",
+    "LossMoments",
+    "ObjectiveConfig",
     "Prediction",
     "PredictionType",
     "ReverseProcess",
@@ -43,9 +47,12 @@ __all__ = [
     "UNetConfig",
     "VarianceType",
     "bound_term",
+    "convert_prediction",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
+    "drop_labels",
     "ema_decay",
+    "loss_weights",
     "predict_eps",
     "predict_v",
     "predict_x_start",
@@ -57,5 +64,6 @@ __all__ = [
     "sample",
     "sampling_timesteps",
     "simple_loss",
+    "training_loss",
     "trajectory",
 ]

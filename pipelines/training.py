@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ddpm_core import rng
 from ddpm_core.ema import EMA
-from ddpm_core.objectives import draw_timesteps, simple_loss
+from ddpm_core.objectives import simple_loss
 from ddpm_core.schedules import Schedule
+from ddpm_core.timesteps import draw_timesteps
 from ddpm_core.unet import UNet
 from pipelines.checkpoints import CheckpointError, State
 from pipelines.config import Config, OptimizerConfig
