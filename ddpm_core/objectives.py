@@ -1,9 +1,9 @@
 """Training objectives: L_simple (Algorithm 1), the bound, and both (Nichol & Dhariwal 2021, arXiv:2102.09672)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -84,6 +84,11 @@ class ObjectiveConfig:
             "'uniform' for the loss 'vlb', which has weights of its own",
             self.weighting,
         )
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that are not at their defaults, to hash: one that is added later leaves old hashes be."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     def reverse(self, process: LinearGaussianProcess) -> ReverseProcess:
         """The p_θ that is trained; x̂_0 is not clipped, since a clipped one has no gradient."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ddpm_core.predictions import PredictionType
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from ddpm_core.unet import UNet
@@ -73,6 +74,8 @@ class Recipe:
     settings: SampleConfig
     shape: tuple[int, int, int]
     levels: int
+    prediction_type: PredictionType = "eps"
+    """What the checkpoint's network predicts, which its identity implies."""
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -97,7 +100,7 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     Raises `UserError` naming the first field in which the configuration describes another model.
     """
     trained = checkpoint_config(checkpoint)
-    for section in ("schedule", "model"):
+    for section in ("schedule", "model", "objective"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
         for key, value in ours.items():
             if value != theirs[key]:
@@ -118,6 +121,7 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
         config.sample,
         (channels, size, size),
         levels,
+        trained.objective.prediction_type,
     )
 
 
@@ -155,6 +159,7 @@ def make_images(
                 seed=recipe.settings.seed,
                 index=torch.tensor(padded, dtype=torch.int64, device=device),
                 shape=recipe.shape,
+                prediction_type=recipe.prediction_type,
                 device=device,
             )
             made.append(x[: len(part)].cpu())
