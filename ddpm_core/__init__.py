@@ -28,8 +28,10 @@ from ddpm_core.paths import (
     q_step,
     q_trajectory,
 )
+from ddpm_core.objectives import ObjectiveConfig, drop_labels, loss_weights, simple_loss, training_loss
 from ddpm_core.predictions import (
     PredictionType,
+    convert_prediction,
     predict_eps,
     predict_v,
     predict_x_start,
@@ -56,6 +58,7 @@ from ddpm_core.schedules import (
 )
 from ddpm_core.schedules import Schedule, ScheduleConfig, respace
 from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
+from ddpm_core.timesteps import LossMoments, draw_timesteps
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -70,6 +73,8 @@ __all__ = [
     "Ledger",
     "LinearGaussianProcess",
     "MeasuredCurve",
+    "LossMoments",
+    "ObjectiveConfig",
     "Prediction",
     "PredictionType",
     "ReverseProcess",
@@ -96,12 +101,15 @@ __all__ = [
     "combine_profiles",
     "combine_tensors",
     "consistency_terms",
+    "convert_prediction",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
+    "drop_labels",
     "ema_decay",
     "log_p_path",
     "log_q_backward",
     "log_q_forward",
+    "loss_weights",
     "predict_eps",
     "predict_v",
     "predict_x_start",
@@ -124,6 +132,7 @@ __all__ = [
     "sampling_timesteps",
     "simple_loss",
     "sub_variance_preserving",
+    "training_loss",
     "trajectory",
     "variance_exploding",
     "reverse_of_sampler",

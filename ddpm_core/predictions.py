@@ -1,10 +1,11 @@
 """What a network may predict, and how each prediction tells the others.
 
-ε (Ho et al. 2020), x_0, or v = a·ε − b·x_0 (Salimans & Ho 2022, arXiv:2202.00512). All three are linear in
-(x_0, ε), so one pair of tables each says all: x̂_0 = on_x_t·x_t + on_output·output, and the error of x̂_0 is
-on_output times the error of the output.
+ε (Ho et al. 2020), x_0, or v = a·ε − b·x_0 (Salimans & Ho 2022, arXiv:2202.00512). They and x_t = a·x_0 + b·ε are
+linear in (x_0, ε), so that x_t and any one tell the others by two tables: target = on_x_t·x_t + on_output·output.
+The error of the target is then on_output times the error of the output.
 """
 
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -18,32 +19,48 @@ PredictionType: TypeAlias = Literal["eps", "x_start", "v"]
 
 PREDICTION_TYPES = ("eps", "x_start", "v")
 
+_ARGUMENT_NAMES = {"eps": "eps_pred", "x_start": "pred_x_start", "v": "output"}
 
-def check_prediction_type(prediction_type: str) -> None:
+
+def check_prediction_type(prediction_type: str, name: str = "prediction_type") -> None:
     """Raises ValueError unless prediction_type is one that this version knows."""
-    require(
-        prediction_type in PREDICTION_TYPES, "prediction_type", "'eps', 'x_start' or 'v'", prediction_type
-    )
+    require(prediction_type in PREDICTION_TYPES, name, "'eps', 'x_start' or 'v'", prediction_type)
 
 
-def x_start_tables(process: LinearGaussianProcess, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
-    """(on_x_t, on_output), float64 `[T]` each: x̂_0 = on_x_t·x_t + on_output·output.
+@lru_cache(maxsize=64)  # a process never changes, and asking for its last step waits for an accelerator
+def conversion_tables(
+    process: LinearGaussianProcess, source: PredictionType, target: PredictionType
+) -> tuple[Tensor, Tensor]:
+    """(on_x_t, on_output), float64 `[T]` each: target = on_x_t·x_t + on_output·source, with S = a² + b².
 
-    ε: (1/a, −b/a). x_0: (0, 1). v: (a, −b)/(a² + b²).
-    Raises ValueError naming prediction_type if it is "eps" and a = 0 at the last step, where ε says nothing of x_0.
+    to x_0: from ε (1/a, −b/a), from v (a, −b)/S. To ε: from x_0 (1/b, −a/b), from v (b, a)/S. To v: from ε
+    (−b/a, S/a), from x_0 (a/b, −S/b). To itself (0, 1). Do not change the tables in place: they are shared.
+    Raises ValueError naming prediction_type if the source is "eps", the target is not, and a = 0 at the last step,
+    where ε says nothing of x_0.
     """
-    check_prediction_type(prediction_type)
-    a, b, total = process.a, process.b, process.total_variance
-    if prediction_type == "x_start":
-        return torch.zeros_like(a), torch.ones_like(a)
-    if prediction_type == "v":
-        return a / total, -b / total
-    if process.ends_without_signal:
+    check_prediction_type(source)
+    check_prediction_type(target, "target")
+    if source == "eps" and target != "eps" and process.ends_without_signal:
         raise ValueError(
             "prediction_type: must be 'v' or 'x_start' for a process that ends without signal (its last beta "
             "is 1), got 'eps', which says nothing of x_0 there"
         )
-    return torch.exp(-process.log_a), -torch.exp(process.log_b - process.log_a)
+    with torch.inference_mode(False):  # shared with a training step, whoever asks first
+        if source == target:
+            return torch.zeros_like(process.a), torch.ones_like(process.a)
+        # Cramer's rule for target = on_x_t·x_t + on_output·source in the coordinates (x_0, ε)
+        seen, given, wanted = (
+            (process.a, process.b),
+            _coordinates(process, source),
+            _coordinates(process, target),
+        )
+        total = _determinant(seen, given)
+        return _determinant(wanted, given) / total, _determinant(seen, wanted) / total
+
+
+def x_start_tables(process: LinearGaussianProcess, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+    """(on_x_t, on_output), float64 `[T]` each: x̂_0 = on_x_t·x_t + on_output·output; see `conversion_tables`."""
+    return conversion_tables(process, prediction_type, "x_start")
 
 
 def prediction_target(
@@ -63,6 +80,28 @@ def prediction_target(
     return process.gather(process.a, t, x_start) * noise - process.gather(process.b, t, x_start) * x_start
 
 
+def convert_prediction(
+    process: LinearGaussianProcess,
+    x_t: Tensor,
+    t: Tensor,
+    output: Tensor,
+    source: PredictionType,
+    target: PredictionType,
+) -> Tensor:
+    """What a prediction of `source` at x_t says of `target`, e.g. ε of v: see `conversion_tables`.
+
+    x_t, output `[B, ...]`; t int64 `[B]`. Computed in float32 (float64 if x_t is), since the two parts nearly
+    cancel where the signal or the noise is small; returned in x_t's dtype. Raises ValueError naming the argument
+    that is wrong.
+    """
+    on_x_t, on_output = conversion_tables(process, source, target)
+    check_floating("x_t", x_t)
+    check_same_shape(_ARGUMENT_NAMES[source], output, "x_t", x_t)
+    wide = x_t if x_t.dtype == torch.float64 else x_t.float()
+    seen, said = process.gather(on_x_t, t, wide), process.gather(on_output, t, wide)
+    return (seen * wide + said * output.to(wide.dtype)).to(x_t.dtype)
+
+
 def predict_x_start(
     process: LinearGaussianProcess,
     x_t: Tensor,
@@ -74,22 +113,39 @@ def predict_x_start(
 
     x_t, output `[B, ...]`; t int64 `[B]`. Raises ValueError naming the argument that is wrong.
     """
-    check_floating("x_t", x_t)
-    check_same_shape("eps_pred" if prediction_type == "eps" else "output", output, "x_t", x_t)
-    on_x_t, on_output = x_start_tables(process, prediction_type)
-    return process.gather(on_x_t, t, x_t) * x_t + process.gather(on_output, t, x_t) * output.to(x_t.dtype)
+    return convert_prediction(process, x_t, t, output, prediction_type, "x_start")
 
 
-def predict_eps(process: LinearGaussianProcess, x_t: Tensor, t: Tensor, pred_x_start: Tensor) -> Tensor:
-    """ε = (x_t − a·x̂_0)/b, Eq. 4 solved for ε. Shapes as in `q_sample`."""
-    check_floating("x_t", x_t)
-    check_same_shape("pred_x_start", pred_x_start, "x_t", x_t)
-    return (x_t - process.gather(process.a, t, x_t) * pred_x_start) / process.gather(process.b, t, x_t)
+def predict_eps(
+    process: LinearGaussianProcess,
+    x_t: Tensor,
+    t: Tensor,
+    output: Tensor,
+    prediction_type: PredictionType = "x_start",
+) -> Tensor:
+    """ε̂ from x̂_0, (x_t − a·x̂_0)/b, Eq. 4 solved for ε; or from a network's output. As `predict_x_start`."""
+    return convert_prediction(process, x_t, t, output, prediction_type, "eps")
 
 
-def predict_v(process: LinearGaussianProcess, x_t: Tensor, t: Tensor, pred_x_start: Tensor) -> Tensor:
-    """v = a·ε − b·x̂_0 with the ε that fits x_t: (a·x_t − (a² + b²)·x̂_0)/b. Shapes as in `q_sample`."""
-    check_floating("x_t", x_t)
-    check_same_shape("pred_x_start", pred_x_start, "x_t", x_t)
-    on_x_t = process.gather(process.a / process.b, t, x_t)
-    return on_x_t * x_t - process.gather(process.total_variance / process.b, t, x_t) * pred_x_start
+def predict_v(
+    process: LinearGaussianProcess,
+    x_t: Tensor,
+    t: Tensor,
+    output: Tensor,
+    prediction_type: PredictionType = "x_start",
+) -> Tensor:
+    """v from x̂_0, a·ε̂ − b·x̂_0 with the ε̂ that fits x_t; or from a network's output. As `predict_x_start`."""
+    return convert_prediction(process, x_t, t, output, prediction_type, "v")
+
+
+Coordinates: TypeAlias = tuple[Tensor, Tensor]
+
+
+def _coordinates(process: LinearGaussianProcess, prediction_type: PredictionType) -> Coordinates:
+    """(on_x_0, on_ε) of what is predicted, `[T]` each."""
+    zero, one = torch.zeros_like(process.a), torch.ones_like(process.a)
+    return {"eps": (zero, one), "x_start": (one, zero), "v": (-process.b, process.a)}[prediction_type]
+
+
+def _determinant(p: Coordinates, q: Coordinates) -> Tensor:
+    return p[0] * q[1] - p[1] * q[0]

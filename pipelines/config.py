@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from ddpm_core.objectives import ObjectiveConfig
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
@@ -183,6 +184,7 @@ class Config(Section):
     prepare: PrepareConfig = PrepareConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     model: UNetConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     train: TrainConfig = TrainConfig()
@@ -204,8 +206,19 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_network_has_no_variance(self) -> Config:
+        if self.objective.variance_type == "learned_range":
+            raise ValueError(
+                "objective.variance_type: must be 'fixed_small' or 'fixed_large', got 'learned_range'; the network "
+                "of model has no channels for a variance"
+            )
+        return self
+
     def training_identity(self, dataset_identity: str) -> dict[str, Any]:
         """What a training run is a function of, as plain values."""
+        # a run with the objective that was the only one once keeps its name
+        objective = self.objective.identity()
         return {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -218,6 +231,7 @@ class Config(Section):
             "ema": self.ema.model_dump(mode="json"),
             "batch_size": self.train.batch_size,
             "micro_batches": self.train.micro_batches,
+            **({"objective": objective} if objective else {}),
         }
 
     def run_name(self, dataset_identity: str) -> str:

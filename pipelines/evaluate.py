@@ -328,6 +328,7 @@ def _frames(model: Any, schedule: Any, recipe: Recipe) -> list[tuple[int, Pixels
         seed=recipe.settings.seed,
         index=torch.zeros(1, dtype=torch.int64),
         shape=recipe.shape,
+        prediction_type=recipe.prediction_type,
     )
     with torch.inference_mode():
         return [

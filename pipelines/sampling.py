@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ddpm_core.predictions import PredictionType
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from ddpm_core.unet import UNet
@@ -87,6 +88,8 @@ class Recipe:
     settings: SampleConfig
     shape: tuple[int, int, int]
     levels: int
+    prediction_type: PredictionType = "eps"
+    """What the checkpoint's network predicts, which its identity implies."""
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -112,7 +115,7 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     """
     trained = checkpoint_config(checkpoint)
     mistakes = []
-    for section in ("schedule", "model"):
+    for section in ("schedule", "model", "objective"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
         mistakes += [
             f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
@@ -135,6 +138,7 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
         config.sample,
         (channels, size, size),
         levels,
+        trained.objective.prediction_type,
     )
 
 
@@ -172,6 +176,7 @@ def make_images(
                 seed=recipe.settings.seed,
                 index=torch.tensor(padded, dtype=torch.int64, device=device),
                 shape=recipe.shape,
+                prediction_type=recipe.prediction_type,
                 device=device,
             )
             made.append(x[: len(part)].cpu())

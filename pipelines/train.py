@@ -94,7 +94,7 @@ def train(run: Run, world: World, *, parent_run_id: str | None = None) -> None:
     Raises `TrainingError` where training diverged, on every worker alike.
     """
     config = run.config
-    learner = Learner(config, world.device)
+    learner = Learner(config, world.device, run.dataset.levels)
     checkpoints = Checkpoints(run.storage)
     start = _resume(run, checkpoints, learner, world)
     tracker = _open_tracker(run, parent_run_id, start) if world.rank == 0 else NoTracker()
@@ -252,7 +252,7 @@ def held_out_bound(
     total = total if num_images is None else min(total, num_images)
     schedule = Schedule.from_config(config.schedule).to(world.device)
     accumulator = BoundAccumulator(
-        ReverseProcess(schedule, variance_type=config.bound.variance_type),
+        ReverseProcess(schedule, config.objective.prediction_type, config.bound.variance_type),
         levels=dataset.levels,
         num_strata=config.bound.num_strata,
         seed=config.seed,
@@ -302,6 +302,7 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
                     seed=config.seed,
                     index=index,
                     shape=run.dataset.shape,
+                    prediction_type=config.objective.prediction_type,
                     device=world.device,
                 )
             tracker.artifact(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ddpm_core import rng
 from ddpm_core.ema import EMA
-from ddpm_core.objectives import draw_timesteps, simple_loss
+from ddpm_core.objectives import training_loss
 from ddpm_core.schedules import Schedule
+from ddpm_core.timesteps import LossMoments, draw_timesteps
 from ddpm_core.unet import UNet
 from pipelines.checkpoints import CheckpointError, State
 from pipelines.config import Config, OptimizerConfig
@@ -95,18 +96,20 @@ class Samples(Protocol):
 @dataclass(frozen=True)
 class StepResult:
     loss: float
-    """Mean of ‖ε − ε_θ‖² per dimension over the global batch (Eq. 14)."""
+    """Mean over the global batch of the objective's loss, by default ‖ε − ε_θ‖² per dimension (Eq. 14)."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
 
 
 class Learner:
-    """The mutable state of a run: weights, optimiser, EMA."""
+    """The mutable state of a run: weights, optimiser, EMA, and the losses by t if they decide the draws of t."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, levels: int | None = None) -> None:
+        """levels: the data's, which the objectives "vlb" and "hybrid" need."""
         self.config = config
         self.device = device
+        self.levels = levels
         self.schedule = Schedule.from_config(config.schedule).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive_seed(config.seed, "weights"))
@@ -118,6 +121,8 @@ class Learner:
             self.model.parameters(), lr=adam.learning_rate, betas=adam.adam_betas, eps=adam.adam_eps
         )
         self._parameters = dict(self.model.named_parameters())
+        by_loss = config.objective.timestep_sampling == "loss_second_moment"
+        self.loss_moments = LossMoments(config.schedule.num_timesteps) if by_loss else None
 
     def step(self, step: int, micro_batches: Sequence[Samples], world: World) -> StepResult:
         """Algorithm 1 for the global batch of `step` (zero-based), of which these micro-batches are our part.
@@ -128,9 +133,11 @@ class Learner:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
+        # t and loss of every sample of the global batch at its place, for the loss moments
+        drawn = torch.zeros(2, config.train.batch_size if self.loss_moments else 0, device=self.device)
         for part in micro_batches:
-            loss_sum += self._backward(step, part)
-        loss, grad_norm = self._reduce(loss_sum, world)
+            loss_sum += self._backward(step, part, drawn)
+        loss, grad_norm, drawn = self._reduce(loss_sum, drawn, world)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: training diverged; "
@@ -145,35 +152,52 @@ class Learner:
             torch._foreach_mul_(self._gradients(), scale)
         self.optimizer.step()
         self.ema.update(self.model, step)
+        if self.loss_moments:
+            self.loss_moments.update(drawn[0].long(), drawn[1])
         return StepResult(loss, grad_norm, rate)
 
-    def _backward(self, step: int, part: Samples) -> Tensor:
+    def _backward(self, step: int, part: Samples, drawn: Tensor) -> Tensor:
         config = self.config
         index = part.index.to(self.device)
         x_start = part.x_start.to(self.device, non_blocking=True)
-        t = draw_timesteps(self.schedule, config.seed, index)
+        t, weights = draw_timesteps(self.schedule, config.seed, index), None
+        if self.loss_moments:
+            t, weights = self.loss_moments.draw(config.seed, index)
         noise = rng.normal(config.seed, "noise", index, tuple(x_start.shape[1:]))
         torch.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
-        losses = simple_loss(self.model, self.schedule, x_start, t, noise)
+        losses = training_loss(
+            self.model, self.schedule, config.objective, x_start, t, noise, levels=self.levels
+        )
+        if weights is not None:
+            place = slice(part.stream * len(t), (part.stream + 1) * len(t))
+            drawn[:, place] = torch.stack((t.to(losses.dtype), losses.detach()))
+            losses = losses * weights.to(losses.dtype)
         (losses.sum() / config.train.batch_size).backward()
         return losses.detach().double().sum()
 
-    def _reduce(self, loss_sum: Tensor, world: World) -> tuple[float, float]:
-        """Sum gradients and losses over the workers: one flat all-reduce, the same bits on every resume."""
+    def _reduce(self, loss_sum: Tensor, drawn: Tensor, world: World) -> tuple[float, float, Tensor]:
+        """Sum gradients and losses over the workers: one flat all-reduce, the same bits on every resume.
+
+        A sample's t and loss meet zeros from the other workers, so that they stay what they are.
+        """
         gradients = self._gradients()
         if world.size > 1:
             # the loss travels in two floats, so that it keeps more than float32's digits
             high = loss_sum.float()
             low = (loss_sum - high.double()).float()
-            flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), high[None], low[None]])
+            flat = torch.cat(
+                [*(gradient.reshape(-1) for gradient in gradients), drawn.reshape(-1), high[None], low[None]]
+            )
             world.all_reduce(flat)
             start = 0
             for gradient in gradients:
                 gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
                 start += gradient.numel()
+            drawn = flat[start : start + drawn.numel()].view_as(drawn)
             loss_sum = flat[-2].double() + flat[-1].double()
         norms = torch.stack(torch._foreach_norm(gradients)).double()
-        return float(loss_sum) / self.config.train.batch_size, float(torch.linalg.vector_norm(norms))
+        norm = float(torch.linalg.vector_norm(norms))
+        return float(loss_sum) / self.config.train.batch_size, norm, drawn
 
     def _gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
@@ -192,20 +216,22 @@ class Learner:
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 optimizer[f"{key}/{name}"] = value
-        return State(
-            step,
-            {
-                "weights": dict(self.model.state_dict()),
-                "ema": dict(self.ema.tensors),
-                "optimizer": optimizer,
-            },
-        )
+        groups = {
+            "weights": dict(self.model.state_dict()),
+            "ema": dict(self.ema.tensors),
+            "optimizer": optimizer,
+        }
+        if self.loss_moments:
+            groups["loss_moments"] = dict(self.loss_moments.tensors)
+        return State(step, groups)
 
     def load(self, state: State) -> None:
         """Go back to a saved state; raises `CheckpointError` where it is another network's."""
         try:
             self.model.load_state_dict(state.groups["weights"])
             self.ema.load(state.groups["ema"])
+            if self.loss_moments:
+                self.loss_moments.load(state.groups["loss_moments"])
             # copies, since Adam changes them in place; its step counter stays on the CPU, as torch keeps it
             moments: dict[Any, dict[str, Tensor]] = {
                 parameter: {

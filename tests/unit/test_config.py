@@ -263,6 +263,9 @@ WHAT = [
     "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
     "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
     "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
+    "objective.prediction_type=v", "objective.loss=vlb", "objective.weighting=snr", "objective.min_snr_gamma=4",
+    "objective.p2_gamma=2", "objective.p2_k=2", "objective.vlb_weight=0.01", "objective.variance_type=fixed_large",
+    "objective.timestep_sampling=loss_second_moment",
 ]  # fmt: skip
 
 
