@@ -11,6 +11,14 @@ from ddpm_core.bound import (
     prior_term,
 )
 from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.hierarchy import (
+    DiffusionChain,
+    GaussianHierarchy,
+    PathTerms,
+    generate_path,
+    path_bound,
+    path_terms,
+)
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.predictions import (
     PredictionType,
@@ -29,9 +37,12 @@ from ddpm_core.unet import UNet, UNetConfig
 __all__ = [
     "BoundAccumulator",
     "BoundEstimate",
+    "DiffusionChain",
     "EMA",
     "EpsTheta",
+    "GaussianHierarchy",
     "LinearGaussianProcess",
+    "PathTerms",
     "Prediction",
     "PredictionType",
     "ReverseProcess",
@@ -46,6 +57,9 @@ __all__ = [
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "ema_decay",
+    "generate_path",
+    "path_bound",
+    "path_terms",
     "predict_eps",
     "predict_v",
     "predict_x_start",

@@ -20,9 +20,11 @@ from ddpm_core import (
     q_posterior,
     q_sample,
     rng,
+    sample,
     trajectory,
 )
 from ddpm_core.hierarchy import DiffusionChain, encode_path, log_joint, log_posterior, path_bound, path_terms
+from ddpm_core.samplers import denoise_step
 from tests.support.hierarchy import noise_directions
 from tests.support.oracles import GaussianData, full, symmetric_grid
 
@@ -201,17 +203,19 @@ def test_algorithm_1_takes_alpha_bar() -> None:
 
 def test_the_last_step_adds_no_noise() -> None:
     """Algorithm 2, line 3: z = 0 at t = 1, so that the image is x̂_0. Slip: σ_1·z on top of it."""
-    index = torch.arange(4)
+    index, eps_star = torch.arange(4), DATA.eps_theta(SHORT)
+    reverse = ReverseProcess(SHORT, variance_type="fixed_large", clip=False)
     config = SamplerConfig(kind="ancestral", num_steps=None, variance_type="fixed_large", clip=False)
-    steps = trajectory(
-        DATA.eps_theta(SHORT), SHORT, config, seed=0, index=index, shape=(1, 1, 1), dtype=torch.float64
-    )
-    *_, last = steps
-    image = predict_x_start(
-        SHORT, last.x_t, full(0, last.x_t), DATA.eps_theta(SHORT)(last.x_t, full(0, last.x_t))
-    )
-    torch.testing.assert_close(last.pred_x_start, image)
-    sigma = float(ReverseProcess(SHORT, variance_type="fixed_large").log_variance_table()[0].mul(0.5).exp())
+    keys = {"seed": 0, "index": index, "shape": (1, 1, 1), "dtype": torch.float64}
+    *_, last = trajectory(eps_star, SHORT, config, **keys)  # type: ignore[arg-type]
+    t = full(0, last.x_t)
+    output = eps_star(last.x_t, t)
+    pred_x_start = predict_x_start(SHORT, last.x_t, t, output)
+    torch.testing.assert_close(sample(eps_star, SHORT, config, **keys), pred_x_start)  # type: ignore[arg-type]
+    # whatever noise the last step is offered
+    offered, _ = denoise_step(reverse, config, last.x_t, t, output, torch.ones_like(last.x_t))
+    torch.testing.assert_close(offered, pred_x_start)
+    sigma = float(reverse.log_variance_table()[0].mul(0.5).exp())
     assert sigma == pytest.approx(0.0684, abs=1e-3)  # the grain that the slip leaves on every image
 
 
