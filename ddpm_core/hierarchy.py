@@ -176,7 +176,8 @@ def generate_path(
     the prior, draw t + 1 for the step that leaves z_t. So the latents of a `DiffusionChain` are the states that
     ancestral sampling visits; x differs from its image only in that Algorithm 2 takes the mean at the last step.
     """
-    z = chain.prior().sample(rng.normal(seed, "sample", index, shape, dtype=dtype))
+    prior = chain.prior()
+    z = prior.sample(rng.normal(seed, "sample", index, shape, dtype=dtype).to(prior.mean.device))
     path = [z]
     for t in reversed(range(chain.num_timesteps)):
         decoder = chain.decode(t, z)
@@ -230,7 +231,7 @@ class GaussianLayer(nn.Module):
     """z `[B, num_in]` to a Gaussian over `[B, num_out]`.
 
     hidden None: an affine mean and one learned log-variance a dimension, the linear-Gaussian family. Otherwise both
-    come from an MLP with one layer of so many tanh units.
+    come from an MLP with one layer of so many tanh units. The Gaussian has z's dtype whatever the weights have.
     """
 
     def __init__(self, num_in: int, num_out: int, hidden: int | None = None) -> None:
@@ -249,9 +250,9 @@ class GaussianLayer(nn.Module):
     def forward(self, z: Tensor) -> Gaussian:
         if z.dim() != 2 or z.shape[1] != self.num_in:
             raise ValueError(f"z: must have the shape [B, {self.num_in}], got {list(z.shape)}")
-        output = self.mean(z)
+        output = self.mean(z.to(next(self.mean.parameters()).dtype)).to(z.dtype)
         if self.log_variance is not None:
-            return Gaussian(output, self.log_variance.expand_as(output))
+            return Gaussian(output, self.log_variance.to(z.dtype).expand_as(output))
         mean, log_variance = output.chunk(2, dim=1)
         return Gaussian(mean, log_variance)
 

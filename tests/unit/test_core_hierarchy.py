@@ -174,7 +174,7 @@ def test_training_a_hierarchy_brings_the_bound_down_to_the_entropy(hidden: int |
     entropy = float(MultivariateNormal(torch.zeros(2), covariance).entropy())
     chain = GaussianHierarchy((2, 1, 1), hidden)
     optimiser = torch.optim.Adam(chain.parameters(), lr=0.02)
-    batch = 256
+    batch = 128
 
     def bound(step: int, size: int) -> Tensor:
         index = torch.arange(size) + step * batch
@@ -190,7 +190,9 @@ def test_training_a_hierarchy_brings_the_bound_down_to_the_entropy(hidden: int |
         after = bound(10_000, 50_000)
     stderr = float(after.std()) / math.sqrt(len(after))
     assert before > entropy + 0.5
-    assert entropy - 5 * stderr < float(after.mean()) < entropy + 0.05
+    # the linear family holds the data's law; an MLP's has to find it
+    limit = 0.03 if hidden is None else 0.1
+    assert entropy - 5 * stderr < float(after.mean()) < entropy + limit
 
 
 @pytest.mark.parametrize("hidden", [None, 3])
@@ -244,6 +246,20 @@ def test_generated_data_have_the_model_s_covariance() -> None:
         spread = covariance.diagonal()
         stderr = ((spread[:, None] * spread + covariance.square()) / count).sqrt()
         assert float(((got - covariance) / stderr).abs().max()) < 5
+
+
+@pytest.mark.parametrize("hidden", [None, 8])
+def test_low_precision_rounds_the_weights_and_not_the_path(hidden: int | None) -> None:
+    torch.manual_seed(3)
+    chain = GaussianHierarchy((3, 2, 1), hidden)
+    x, index = _normal(15, 4, 3).float(), torch.arange(4)
+    expected = path_bound(chain, x, seed=0, index=index)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = path_bound(chain, x, seed=0, index=index)
+    for got in (under_autocast, path_bound(chain.bfloat16(), x.bfloat16(), seed=0, index=index)):
+        assert {term.dtype for term in got} == {torch.float32}
+        torch.testing.assert_close(got.total, expected.total, rtol=0.02, atol=0.05)
+        assert not torch.equal(got.total, expected.total)
 
 
 @pytest.mark.parametrize(
