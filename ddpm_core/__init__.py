@@ -18,6 +18,14 @@ from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
 from ddpm_core.decoder import discretized_gaussian_log_likelihood
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger, consistency_terms
+from ddpm_core.hierarchy import (
+    DiffusionChain,
+    GaussianHierarchy,
+    PathTerms,
+    generate_path,
+    path_bound,
+    path_terms,
+)
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
 from ddpm_core.paths import (
@@ -75,6 +83,12 @@ __all__ = [
     "MeasuredCurve",
     "LossMoments",
     "ObjectiveConfig",
+    "DiffusionChain",
+    "EMA",
+    "EpsTheta",
+    "GaussianHierarchy",
+    "LinearGaussianProcess",
+    "PathTerms",
     "Prediction",
     "PredictionType",
     "ReverseProcess",
@@ -110,6 +124,9 @@ __all__ = [
     "log_q_backward",
     "log_q_forward",
     "loss_weights",
+    "generate_path",
+    "path_bound",
+    "path_terms",
     "predict_eps",
     "predict_v",
     "predict_x_start",
