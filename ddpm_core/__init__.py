@@ -13,11 +13,17 @@ from ddpm_core.bound import (
     prior_term,
     reverse_of_sampler,
 )
-from ddpm_core.ema import EMA, HalfLife, ema_decay
 from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
 from ddpm_core.decoder import discretized_gaussian_log_likelihood
-from ddpm_core.ema import EMA, ema_decay
-from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger, consistency_terms
+from ddpm_core.diffusers_weights import (
+    state_from_diffusers,
+    state_to_diffusers,
+    unet_from_diffusers,
+    unet_to_diffusers,
+)
+from ddpm_core.dit import DiT, DiTConfig
+from ddpm_core.ema import EMA, HalfLife, ema_decay
+from ddpm_core.guidance import guided
 from ddpm_core.hierarchy import (
     DiffusionChain,
     GaussianHierarchy,
@@ -26,8 +32,15 @@ from ddpm_core.hierarchy import (
     path_bound,
     path_terms,
 )
-from ddpm_core.objectives import draw_timesteps, simple_loss
-from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
+from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger, consistency_terms
+from ddpm_core.networks import as_eps_theta, build_network
+from ddpm_core.objectives import (
+    ObjectiveConfig,
+    drop_labels,
+    loss_weights,
+    simple_loss,
+    training_loss,
+)
 from ddpm_core.paths import (
     log_p_path,
     log_q_backward,
@@ -36,7 +49,7 @@ from ddpm_core.paths import (
     q_step,
     q_trajectory,
 )
-from ddpm_core.objectives import ObjectiveConfig, drop_labels, loss_weights, simple_loss, training_loss
+from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
 from ddpm_core.predictions import (
     PredictionType,
     convert_prediction,
@@ -64,9 +77,8 @@ from ddpm_core.schedules import (
     rescale_zero_terminal_snr,
     respace,
 )
-from ddpm_core.schedules import Schedule, ScheduleConfig, respace
-from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
 from ddpm_core.timesteps import LossMoments, draw_timesteps
+from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -76,42 +88,40 @@ __all__ = [
     "Curve",
     "CurveBound",
     "Decomposition",
-    "EMA",
-    "EpsTheta",
-    "Ledger",
-    "LinearGaussianProcess",
-    "MeasuredCurve",
-    "LossMoments",
-    "ObjectiveConfig",
+    "DiT",
+    "DiTConfig",
     "DiffusionChain",
     "EMA",
     "EpsTheta",
     "GaussianHierarchy",
+    "HalfLife",
+    "Ledger",
     "LinearGaussianProcess",
+    "LossMoments",
+    "MeasuredCurve",
+    "ObjectiveConfig",
     "PathTerms",
+    "PowerEMA",
     "Prediction",
     "PredictionType",
-    "ReverseProcess",
-    "HalfLife",
-    "PowerEMA",
     "Profile",
+    "ReverseProcess",
+    "SamplerConfig",
     "Schedule",
     "ScheduleConfig",
     "ScheduleReport",
-    "SamplerConfig",
     "Snapshot",
-    "SamplerConfig",
-    "Schedule",
-    "ScheduleConfig",
     "TermsPerT",
     "TrajectoryStep",
     "UNet",
     "UNetConfig",
     "Unit",
     "VarianceType",
+    "as_eps_theta",
     "bound_from_curve",
     "bound_ledger",
     "bound_term",
+    "build_network",
     "combine_profiles",
     "combine_tensors",
     "consistency_terms",
@@ -120,11 +130,12 @@ __all__ = [
     "draw_timesteps",
     "drop_labels",
     "ema_decay",
+    "generate_path",
+    "guided",
     "log_p_path",
     "log_q_backward",
     "log_q_forward",
     "loss_weights",
-    "generate_path",
     "path_bound",
     "path_terms",
     "predict_eps",
@@ -137,28 +148,28 @@ __all__ = [
     "process_from_log_snr",
     "q_posterior",
     "q_sample",
-    "reconstruct",
     "q_sample_all",
     "q_step",
     "q_trajectory",
+    "reconstruct",
     "rectified_flow",
     "rescale_zero_terminal_snr",
     "respace",
     "respaced_timesteps",
-    "sample",
-    "sampling_timesteps",
-    "simple_loss",
-    "sub_variance_preserving",
-    "training_loss",
-    "trajectory",
-    "variance_exploding",
     "reverse_of_sampler",
     "sample",
     "sampling_timesteps",
     "simple_loss",
     "snr_integral",
+    "state_from_diffusers",
+    "state_to_diffusers",
+    "sub_variance_preserving",
+    "training_loss",
     "trajectory",
     "two_sided_prior_term",
     "two_sided_shift",
     "two_sided_term",
+    "unet_from_diffusers",
+    "unet_to_diffusers",
+    "variance_exploding",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ddpm_core import rng
 from ddpm_core._checks import check_floating, check_index, require
-from ddpm_core.bound import discretized_gaussian_log_likelihood
+from ddpm_core.decoder import discretized_gaussian_log_likelihood
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.types import EpsTheta
 

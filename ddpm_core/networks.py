@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ddpm_core._checks import check_timesteps, require
 from ddpm_core.conditioning import NetworkConfig
 from ddpm_core.dit import DiT, DiTConfig
-from ddpm_core.schedules import Schedule
+from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.types import EpsTheta
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -22,7 +22,9 @@ def build_network(config: UNetConfig | DiTConfig) -> UNet | DiT:
     return DiT(config)
 
 
-def as_eps_theta(network: nn.Module, process: Schedule, labels: Tensor | None = None) -> EpsTheta:
+def as_eps_theta(
+    network: nn.Module, process: LinearGaussianProcess, labels: Tensor | None = None
+) -> EpsTheta:
     """(x_t, t) → the network's output, whichever noise level the network is conditioned on.
 
     With conditioning "timestep" the network is given t; with "log_snr" it is given process.log_snr[t], float32.

@@ -114,11 +114,16 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive_seed(config.seed, "weights"))
             model = UNet(config.model)
-        self.model: nn.Module = model.to(device)
+        # convolutions want their channels innermost; the layout changes rounding, not results
+        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
         adam = config.optimizer
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=adam.learning_rate, betas=adam.adam_betas, eps=adam.adam_eps
+            self.model.parameters(),
+            lr=adam.learning_rate,
+            betas=adam.adam_betas,
+            eps=adam.adam_eps,
+            fused=True,
         )
         self._parameters = dict(self.model.named_parameters())
         by_loss = config.objective.timestep_sampling == "loss_second_moment"
@@ -232,12 +237,10 @@ class Learner:
             self.ema.load(state.groups["ema"])
             if self.loss_moments:
                 self.loss_moments.load(state.groups["loss_moments"])
-            # copies, since Adam changes them in place; its step counter stays on the CPU, as torch keeps it
+            # copies, since Adam changes them in place
             moments: dict[Any, dict[str, Tensor]] = {
                 parameter: {
-                    key: state.groups["optimizer"][f"{key}/{name}"].to(
-                        "cpu" if key == "step" else self.device, copy=True
-                    )
+                    key: _like(parameter, state.groups["optimizer"][f"{key}/{name}"])
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
                 for name, parameter in self._parameters.items()
@@ -248,6 +251,13 @@ class Learner:
                 f"the checkpoint at step {state.step} holds another network than model describes"
             ) from None
         self.optimizer.state.update(moments)
+
+
+def _like(parameter: Tensor, moment: Tensor) -> Tensor:
+    """A copy on the parameter's device and in its layout, as the fused optimiser wants it."""
+    if moment.dim() == 0:
+        return moment.to(parameter.device, copy=True)
+    return torch.empty_like(parameter).copy_(moment)
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

@@ -203,8 +203,8 @@ def test_every_wrong_field_is_named_on_a_line_of_its_own() -> None:
         "my.yaml: schedule.beta_strat: no such setting; did you mean 'beta_start'?",
         "my.yaml: optimizer.adam_eps: input should be greater than 0, got -1",
         "my.yaml: train.steps: input should be greater than or equal to 1, got 0",
-        "my.yaml: nonsense: no such setting; there are name, seed, data, prepare, schedule, model, optimizer, ema, "
-        "train, bound, sampler, sample, tune, workers, storage, tracking",
+        "my.yaml: nonsense: no such setting; there are name, seed, data, prepare, schedule, model, objective, optimizer, "
+        "ema, train, bound, sampler, sample, tune, workers, storage, tracking",
     ]
     # checks over several fields of a section, beside others
     assert problems(TINY, "train.micro_batches=3", "tune.beta_start=[2, 3]", "tune.beta_end=[0.5, 0.1]") == [
