@@ -82,6 +82,36 @@ def test_two_thousand_images_once_by_two_actors(stack: Stack, tmp_path: Path) ->
         assert (out / f"{name}.png").stat().st_size > 1000
     assert f"{bound['total']:.4f}" in said
 
+    again = succeeded(ddpm("evaluate", *settings(*DATA), "--out", str(tmp_path / "again")))
+    assert "done already" in again
+    assert again.splitlines()[1:-1] == said.splitlines()[:-1]
+    for file in out.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    client = MlflowClient(stack.mlflow_uri)
+    experiment = client.get_experiment_by_name("generation")
+    judged = client.search_runs([experiment.experiment_id], "tags.mlflow.runName LIKE 'evaluation %'")
+    assert len(judged) == 1
+
+
+def test_a_damaged_shard_is_made_again_on_the_cluster(stack: Stack) -> None:
+    overrides = (*DATA, "sample.count=500", "sample.seed=3")
+    succeeded(ddpm("sample", *settings(*overrides)))
+    _, samples = locate(tiny_config(*overrides))
+    before = {number: image.tobytes() for number, image in samples.images()}
+    key = samples.unit(1).shard.key
+    samples.storage.put(key, samples.storage.get(key)[:-512])
+    judged = ddpm("evaluate", *settings(*overrides))
+    assert judged.returncode == 2
+    assert key in judged.stderr.splitlines()[-1]
+    assert judged.stderr.endswith("; `ddpm sample --check` makes it again\n")
+    said = succeeded(ddpm("sample", *settings(*overrides)))
+    assert said.startswith("damaged, and made again: ")
+    assert key in said.splitlines()[0]
+    # by another process: the same images, but for rounding at the border of two levels
+    after = {number: image.tobytes() for number, image in samples.images()}
+    assert after.keys() == before.keys()
+    assert sum(after[number] != before[number] for number in before) <= 5
+
 
 def test_an_unfinished_set_is_gone_on_with_and_not_judged(stack: Stack) -> None:
     overrides = (*DATA, "sample.count=500", "sample.seed=7")

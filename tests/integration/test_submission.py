@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 import pytest
 
 from jobs import submission
 from pipelines.errors import UserError
+from tests.support.jobs import ddpm, succeeded
 
 PROGRAMS = {
     "greet": """
@@ -153,6 +155,16 @@ def test_the_address_wins_over_the_environment(stack, programs, ears, monkeypatc
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert submission.list_jobs(address=stack.dashboard_url) is not None
+
+
+def test_the_stack_is_known_by_an_address_without_http(stack):
+    """Its token is used then, which nothing else in the environment gives."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DDPM_"))
+    }
+    environment["DDPM_STATE"] = str(stack.state_dir)
+    address = stack.dashboard_url.removeprefix("http://")
+    succeeded(ddpm("list", "--address", address, env=environment))
 
 
 @pytest.mark.parametrize("call", [submission.status, submission.stop, submission.logs])
