@@ -207,6 +207,16 @@ def test_other_dtypes_and_layouts(dtype: torch.dtype) -> None:
     assert torch.equal(alone, path[:, :1])
 
 
+def test_a_long_trajectory_does_not_gather_rounding() -> None:
+    """In bf16 √(1 − β) rounds to 1 at the first steps, so a chain that is stepped in it never forgets x_0."""
+    process = PROCESSES["linear"]
+    x_start, noises = (tensor.to(torch.bfloat16) for tensor in _draw(process, 64, 2))
+    path = q_trajectory(process, x_start, noises)
+    assert path.dtype == torch.bfloat16
+    exact = q_trajectory(process, x_start.double(), noises.double())
+    torch.testing.assert_close(path.double(), exact, rtol=2**-8, atol=1e-4)
+
+
 def test_gradients_pass_to_the_data() -> None:
     x_start, noises = _draw(SHORT, 1, 2)
     path = q_trajectory(SHORT, x_start, noises)
