@@ -1,7 +1,6 @@
-"""The KL form of the bound for every prediction, variance and process, and which samplers have one."""
+"""The KL form of the bound for every prediction, variance and process, in both units."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from ddpm_core import (
     LinearGaussianProcess,
     PredictionType,
     ReverseProcess,
-    SamplerConfig,
     Schedule,
     ScheduleConfig,
     VarianceType,
@@ -23,7 +21,6 @@ from ddpm_core import (
     prior_term,
     q_posterior,
     q_sample,
-    reverse_of_sampler,
     two_sided_term,
 )
 from tests.support.oracles import (
@@ -327,30 +324,3 @@ def test_at_equal_snr_every_process_has_the_same_bound(
     for process in others:
         for got, one in zip(bound(process), expected, strict=True):
             torch.testing.assert_close(got, one, rtol=1e-12, atol=1e-12)
-
-
-# Which samplers have a bound
-
-
-def test_the_reverse_process_of_a_sampler() -> None:
-    for variance_type in FIXED:
-        config = SamplerConfig(kind="ancestral", num_steps=None, variance_type=variance_type, clip=False)
-        mse = DATA.bayes_x_start_mse(SHORT)
-        got = reverse_of_sampler(SHORT, config, prediction_type="v", x_start_mse=mse)
-        assert (got.variance_type, got.prediction_type, got.clip) == (variance_type, "v", False)
-        assert got.process is SHORT
-    got = reverse_of_sampler(SHORT, SamplerConfig(kind="ddim", eta=1.0))
-    assert (got.variance_type, got.prediction_type, got.clip) == ("fixed_small", "eps", True)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_a_sampler_without_a_bound_is_refused_by_name(eta: float) -> None:
-    with pytest.raises(ValueError, match=rf"^eta: must be 1 .*sigma = 0 there is none.*, got {eta}"):
-        reverse_of_sampler(SHORT, SamplerConfig(kind="ddim", eta=eta))
-
-
-def test_another_deterministic_sampler_is_refused_by_name() -> None:
-    config: Any = SamplerConfig()
-    object.__setattr__(config, "kind", "heun")
-    with pytest.raises(ValueError, match=r"^kind: must be 'ancestral'.*sigma = 0.*got 'heun'"):
-        reverse_of_sampler(SHORT, config)
