@@ -5,13 +5,14 @@ Index t is zero-based: index 0 is the paper's β_1. T stands for num_timesteps, 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from ddpm_core._checks import check_floating, require
+from ddpm_core._identity import config_identity
 
 ScheduleKind: TypeAlias = Literal[
     "linear",
@@ -61,15 +62,19 @@ class ScheduleConfig:
     beta_end: float = 0.02
     cosine_s: float = 0.008
     beta_max: float = 0.999
-    warmup_fraction: float = 0.1
-    sigmoid_start: float = -3.0
-    sigmoid_end: float = 3.0
-    sigmoid_tau: float = 1.0
-    log_snr_max: float = 10.0
-    log_snr_min: float = -10.0
-    betas: tuple[float, ...] = ()
-    alphas_cumprod: tuple[float, ...] = ()
-    zero_terminal_snr: bool = False
+    warmup_fraction: float = field(default=0.1, kw_only=True)
+    sigmoid_start: float = field(default=-3.0, kw_only=True)
+    sigmoid_end: float = field(default=3.0, kw_only=True)
+    sigmoid_tau: float = field(default=1.0, kw_only=True)
+    log_snr_max: float = field(default=10.0, kw_only=True)
+    log_snr_min: float = field(default=-10.0, kw_only=True)
+    betas: tuple[float, ...] = field(default=(), kw_only=True)
+    alphas_cumprod: tuple[float, ...] = field(default=(), kw_only=True)
+    zero_terminal_snr: bool = field(default=False, kw_only=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What the schedule is, as plain values to hash."""
+        return config_identity(self)
 
     def __post_init__(self) -> None:
         require(

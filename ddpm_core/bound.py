@@ -127,7 +127,9 @@ def reverse_of_sampler(
             f"kind: must be 'ancestral', or 'ddim' with eta = 1, to have a bound (with sigma = 0 there is none), "
             f"got {config.kind!r}"
         )
-    return ReverseProcess(process, prediction_type, variance_type, config.clip, x_start_mse)
+    return ReverseProcess(
+        process, prediction_type, variance_type, config.clip, x_start_mse, config.threshold_quantile
+    )
 
 
 def stratify(process: LinearGaussianProcess, num_strata: int) -> Tensor:

@@ -5,7 +5,7 @@ One embedding serves the U-Net and the diffusion transformer; `NetworkConfig` ho
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_core._checks import check_floating, check_index, require
+from ddpm_core._identity import config_identity
 
 Conditioning: TypeAlias = Literal["timestep", "log_snr"]
 """What tells the network how noisy x_t is: t, int64 `[B]`, or log-SNR, floating-point `[B]`."""
@@ -70,18 +71,8 @@ class NetworkConfig:
         return 2 * self.in_channels if self.learned_variance else self.in_channels
 
     def identity(self) -> dict[str, Any]:
-        """What the network is, as plain values to hash.
-
-        An option counts only where it is not at its default, so that one that is added later leaves the hash of
-        every run before it as it was; gradient_checkpointing, which changes no result, never counts.
-        """
-        options = {option.name: option.default for option in fields(self) if option.kw_only}
-        values = asdict(self)
-        return {
-            name: value
-            for name, value in values.items()
-            if name != "gradient_checkpointing" and (name not in options or value != options[name])
-        }
+        """What the network is, as plain values to hash; gradient_checkpointing changes no result."""
+        return config_identity(self, without=("gradient_checkpointing",))
 
 
 class ConditionedNetwork(nn.Module):

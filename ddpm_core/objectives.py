@@ -1,7 +1,7 @@
 """Training objectives: L_simple (Algorithm 1), the bound, and both (Nichol & Dhariwal 2021, arXiv:2102.09672)."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_core import rng
 from ddpm_core._checks import check_index, check_same_shape, require
+from ddpm_core._identity import config_identity
 from ddpm_core.bound import bound_term
 from ddpm_core.predictions import (
     PredictionType,
@@ -27,7 +28,7 @@ TrainedVariance: TypeAlias = Literal["fixed_small", "fixed_large", "learned_rang
 TimestepSampling: TypeAlias = Literal["uniform", "loss_second_moment"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What the network predicts and what it is trained on.
 
@@ -86,9 +87,8 @@ class ObjectiveConfig:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The fields that are not at their defaults, to hash: one that is added later leaves old hashes be."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        return {name: value for name, (value, default) in values.items() if value != default}
+        """The fields that are not at their defaults, as plain values to hash."""
+        return config_identity(self)
 
     def reverse(self, process: LinearGaussianProcess) -> ReverseProcess:
         """The p_θ that is trained; x̂_0 is not clipped, since a clipped one has no gradient."""

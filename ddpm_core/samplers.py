@@ -17,6 +17,7 @@ from ddpm_core._checks import check_index, require
 from ddpm_core.chains import karras_timesteps
 from ddpm_core.predictions import PredictionType, x_start_tables
 from ddpm_core.process import LinearGaussianProcess
+from ddpm_core.respacing import respaced_timesteps
 from ddpm_core.reverse import ReverseProcess, check_threshold_quantile, check_variance_type
 from ddpm_core.steps import StepTables, advance
 from ddpm_core.types import EpsTheta, VarianceType
@@ -82,18 +83,7 @@ def sampling_timesteps(num_timesteps: int, num_steps: int | None) -> Tensor:
     image's finest detail is decided there. With one step it is T−1 alone.
     Raises ValueError if num_steps is not in 1..T.
     """
-    num_visited = num_timesteps if num_steps is None else num_steps
-    require(
-        1 <= num_visited <= num_timesteps,
-        "num_steps",
-        f"in 1..{num_timesteps} (the schedule's num_timesteps)",
-        num_steps,
-    )
-    if num_visited == 1:
-        return torch.tensor([num_timesteps - 1])
-    # Integer arithmetic for round(i·(T−1)/(S−1)): linspace in floating point may differ between devices.
-    position = torch.arange(num_visited)
-    return (2 * position * (num_timesteps - 1) + num_visited - 1) // (2 * (num_visited - 1))
+    return respaced_timesteps(num_timesteps, num_timesteps if num_steps is None else num_steps)
 
 
 def visited_timesteps(process: LinearGaussianProcess, config: SamplerConfig) -> Tensor:
@@ -108,7 +98,7 @@ def visited_timesteps(process: LinearGaussianProcess, config: SamplerConfig) -> 
     num_steps = num_timesteps if config.num_steps is None else config.num_steps
     if config.spacing == "karras":
         return karras_timesteps(process, num_steps, config.karras_rho)
-    return _respaced_timesteps(num_timesteps, num_steps, config.spacing)
+    return respaced_timesteps(num_timesteps, num_steps, config.spacing)
 
 
 def step_tables(reverse: ReverseProcess, config: SamplerConfig) -> StepTables:
@@ -265,17 +255,3 @@ def _learned_sigma(reverse: ReverseProcess, output: Tensor, x_t: Tensor, t: Tens
 
 def _one_of(names: tuple[str, ...]) -> str:
     return ", ".join(repr(name) for name in names[:-1]) + f" or {names[-1]!r}"
-
-
-def _respaced_timesteps(num_timesteps: int, num_steps: int, spacing: str) -> Tensor:
-    """A stand-in for ddpm_core.respacing.respaced_timesteps, to be removed when that is there."""
-    linspace = sampling_timesteps(num_timesteps, num_steps)
-    position = torch.arange(num_steps)
-    if spacing == "leading":
-        return position * (num_timesteps // num_steps)
-    if spacing == "trailing":
-        return (2 * (position + 1) * num_timesteps + num_steps) // (2 * num_steps) - 1
-    if spacing == "linspace" or num_steps == 1:
-        return linspace
-    halves = (num_steps - 1) ** 2
-    return torch.maximum((2 * position**2 * (num_timesteps - 1) + halves) // (2 * halves), position)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -225,7 +224,7 @@ class Config(Section):
             "seed": self.seed,
             "dataset": dataset_identity,
             "flip": self.data.flip,
-            "schedule": asdict(self.schedule),
+            "schedule": self.schedule.identity(),
             "model": self.model.identity(),
             "optimizer": self.optimizer.model_dump(mode="json"),
             "ema": self.ema.model_dump(mode="json"),

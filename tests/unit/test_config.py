@@ -203,8 +203,8 @@ def test_every_wrong_field_is_named_on_a_line_of_its_own() -> None:
         "my.yaml: schedule.beta_strat: no such setting; did you mean 'beta_start'?",
         "my.yaml: optimizer.adam_eps: input should be greater than 0, got -1",
         "my.yaml: train.steps: input should be greater than or equal to 1, got 0",
-        "my.yaml: nonsense: no such setting; there are name, seed, data, prepare, schedule, model, objective, optimizer, "
-        "ema, train, bound, sampler, sample, tune, workers, storage, tracking",
+        "my.yaml: nonsense: no such setting; there are name, seed, data, prepare, schedule, model, objective, "
+        "optimizer, ema, train, bound, sampler, sample, tune, workers, storage, tracking",
     ]
     # checks over several fields of a section, beside others
     assert problems(TINY, "train.micro_batches=3", "tune.beta_start=[2, 3]", "tune.beta_end=[0.5, 0.1]") == [
@@ -256,6 +256,9 @@ WHERE_AND_HOW_LONG = [
 WHAT = [
     "name=other", "seed=1", "data.flip=false", "schedule.kind=cosine", "schedule.num_timesteps=51",
     "schedule.beta_start=0.0002", "schedule.beta_end=0.3", "schedule.cosine_s=0.01", "schedule.beta_max=0.9",
+    "schedule.warmup_fraction=0.2", "schedule.sigmoid_start=-2", "schedule.sigmoid_end=2", "schedule.sigmoid_tau=2",
+    "schedule.log_snr_max=9", "schedule.log_snr_min=-9", "schedule.betas=[0.1]", "schedule.alphas_cumprod=[0.9]",
+    "schedule.zero_terminal_snr=true",
     "model.base_channels=12", "model.channel_mults=[1, 1]", "model.num_res_blocks=2",
     "model.attention_resolutions=[8]", "model.dropout=0.1", "model.num_groups=2", "model.image_size=16",
     "model.in_channels=3", "model.scale_shift_norm=true", "model.num_heads=2", "model.head_channels=4",
