@@ -20,7 +20,15 @@ from ddpm_core import (
     rng,
     trajectory,
 )
-from ddpm_core.hierarchy import DiffusionChain, DiscretizedGaussian, generate_path, path_bound
+from ddpm_core.hierarchy import (
+    DiffusionChain,
+    DiscretizedGaussian,
+    encode_path,
+    generate_path,
+    log_joint,
+    log_posterior,
+    path_bound,
+)
 from tests.support.hierarchy import exact_mean, mean_total
 from tests.support.oracles import GaussianData, full, symmetric_grid
 
@@ -189,3 +197,16 @@ def test_zero_terminal_snr_has_a_path_bound() -> None:
     terms = path_bound(chain, torch.zeros(2, 1, 1, 1), seed=0, index=torch.arange(2))
     assert bool(terms.total.isfinite().all())
     torch.testing.assert_close(terms.prior, torch.zeros(2), rtol=0, atol=1e-6)
+
+
+def test_the_joint_and_the_posterior_are_those_of_the_path() -> None:
+    """ln q(x_1, …|x_0) and ln p_θ(x_0, x_1, …) of one path, by the hierarchy and by `ddpm_core.paths`."""
+    paths = pytest.importorskip("ddpm_core.paths")
+    reverse = ReverseProcess(SHORT, variance_type="fixed_large", clip=True)
+    chain = DiffusionChain(_network, reverse)
+    index = torch.arange(3)
+    x = 0.5 * rng.normal(16, "test", index, (1, 2, 2), dtype=torch.float64)
+    path = encode_path(chain, x, lambda t, m: rng.normal(17, "test", index, (1, 2, 2), draw=t, dtype=m.dtype))
+    states = torch.stack(path[1:])
+    torch.testing.assert_close(log_posterior(chain, path), paths.log_q_forward(SHORT, x, states))
+    torch.testing.assert_close(log_joint(chain, path), paths.log_p_path(_network, reverse, x, states))
