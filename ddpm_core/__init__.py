@@ -50,6 +50,10 @@ from ddpm_core.paths import (
     q_trajectory,
 )
 from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
+from ddpm_core.chains import karras_log_snr, log_snr_chain, nearest_timesteps, retimed
+from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.guidance import guided
+from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.predictions import (
     PredictionType,
     convert_prediction,
@@ -79,6 +83,16 @@ from ddpm_core.schedules import (
 )
 from ddpm_core.timesteps import LossMoments, draw_timesteps
 from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
+from ddpm_core.samplers import (
+    SamplerConfig,
+    TrajectoryStep,
+    denoise_step,
+    sample,
+    sampling_timesteps,
+    trajectory,
+    visited_timesteps,
+)
+from ddpm_core.schedules import Schedule, ScheduleConfig, respace
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -126,6 +140,7 @@ __all__ = [
     "combine_tensors",
     "consistency_terms",
     "convert_prediction",
+    "denoise_step",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "drop_labels",
@@ -138,6 +153,10 @@ __all__ = [
     "loss_weights",
     "path_bound",
     "path_terms",
+    "guided",
+    "karras_log_snr",
+    "log_snr_chain",
+    "nearest_timesteps",
     "predict_eps",
     "predict_v",
     "predict_x_start",
@@ -157,6 +176,7 @@ __all__ = [
     "respace",
     "respaced_timesteps",
     "reverse_of_sampler",
+    "retimed",
     "sample",
     "sampling_timesteps",
     "simple_loss",
@@ -172,4 +192,5 @@ __all__ = [
     "unet_from_diffusers",
     "unet_to_diffusers",
     "variance_exploding",
+    "visited_timesteps",
 ]

@@ -39,7 +39,7 @@ class SamplerConfig:
     num_steps: how many of the T timesteps are visited; None means all. spacing: which ones, see
     `visited_timesteps`; karras_rho is the ρ of "karras".
     eta: DDIM's noise, 0 (none) to 1 (that of ancestral fixed_small). variance_type: ancestral's σ_t². Both are
-    ignored by the other kinds.
+    ignored by the other kinds, but that "learned_range" says of any that the network's output has a second half.
     clip: limit x̂_0 to [−1, 1] in each step; threshold_quantile: dynamic thresholding in its place, see
     `ReverseProcess`.
     Raises ValueError naming the field that is out of range.
@@ -168,10 +168,11 @@ def trajectory(
     is_whole = len(timesteps) == process.num_timesteps
     # the steps' coefficients are numbers on the CPU, so that no look-up waits for the device
     chain = (process if is_whole else process.at(timesteps)).to("cpu")
+    has_variance = config.kind == "ancestral" or config.variance_type == "learned_range"
     reverse = ReverseProcess(
         chain,
         prediction_type,
-        config.variance_type,
+        config.variance_type if has_variance else "fixed_small",
         config.clip,
         None if x_start_mse is None else x_start_mse[timesteps.to(x_start_mse.device)],
         config.threshold_quantile,
@@ -229,7 +230,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Images x_0 `[B, C, H, W]`, in [−1, 1] if config.clip. Arguments as in `trajectory`."""
+    """Images x_0 `[B, C, H, W]`, in [−1, 1] if clipped or thresholded. Arguments as in `trajectory`."""
     visited = trajectory(
         eps_theta,
         process,

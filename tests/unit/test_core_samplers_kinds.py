@@ -214,6 +214,24 @@ def test_eps_is_refused_without_a_signal(kind) -> None:
         )
 
 
+@pytest.mark.parametrize("kind", ["ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "heun"])
+def test_the_variance_type_is_ancestral_s_alone(kind) -> None:
+    """The others take the first half of an output with a learned variance, and need no x_start_mse."""
+    images = [
+        sample(
+            _with_variance if variance_type == "learned_range" else _some_network,
+            SHORT,
+            SamplerConfig(kind=kind, num_steps=4, variance_type=variance_type),
+            seed=0,
+            index=torch.arange(2),
+            shape=SHAPE,
+        )
+        for variance_type in ("fixed_large", "fixed_small", "analytic", "learned_range")
+    ]
+    for image in images[1:]:
+        torch.testing.assert_close(image, images[0], rtol=0, atol=0)
+
+
 def test_dynamic_threshold() -> None:
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64) * torch.tensor([0.1, 1.0, 3.0, 10.0]).reshape(
         -1, 1, 1, 1
