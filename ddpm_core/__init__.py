@@ -10,7 +10,10 @@ from ddpm_core.bound import (
     discretized_gaussian_log_likelihood,
     prior_term,
 )
+from ddpm_core.conditioning import NetworkConfig
+from ddpm_core.dit import DiT, DiTConfig
 from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.networks import as_eps_theta, build_network
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.process import predict_eps, predict_x_start, q_posterior, q_sample
 from ddpm_core.samplers import SamplerConfig, TrajectoryStep, sample, sampling_timesteps, trajectory
@@ -21,8 +24,11 @@ from ddpm_core.unet import UNet, UNetConfig
 __all__ = [
     "BoundAccumulator",
     "BoundEstimate",
+    "DiT",
+    "DiTConfig",
     "EMA",
     "EpsTheta",
+    "NetworkConfig",
     "Schedule",
     "ScheduleConfig",
     "SamplerConfig",
@@ -30,7 +36,9 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "VarianceType",
+    "as_eps_theta",
     "bound_term",
+    "build_network",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "ema_decay",
