@@ -135,11 +135,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)
-        layers = (self.query, self.key, self.value)
-        # one product in place of three
-        weight, bias = (torch.cat([getattr(dense, name) for dense in layers]) for name in ("weight", "bias"))
-        joint = F.linear(h, weight, bias).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = joint.permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            dense(h).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for dense in (self.query, self.key, self.value)
+        )
         h = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return x + self.out(h).transpose(1, 2).reshape(x.shape)
 
