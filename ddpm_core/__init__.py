@@ -53,6 +53,10 @@ from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles,
 from ddpm_core.chains import karras_log_snr, log_snr_chain, nearest_timesteps, retimed
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.guidance import guided
+from ddpm_core.conditioning import NetworkConfig
+from ddpm_core.dit import DiT, DiTConfig
+from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.networks import as_eps_theta, build_network
 from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.predictions import (
     PredictionType,
@@ -121,6 +125,11 @@ __all__ = [
     "Profile",
     "ReverseProcess",
     "SamplerConfig",
+    "DiT",
+    "DiTConfig",
+    "EMA",
+    "EpsTheta",
+    "NetworkConfig",
     "Schedule",
     "ScheduleConfig",
     "ScheduleReport",
@@ -141,6 +150,8 @@ __all__ = [
     "consistency_terms",
     "convert_prediction",
     "denoise_step",
+    "bound_term",
+    "build_network",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "drop_labels",

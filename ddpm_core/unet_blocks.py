@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _NORM_EPS = 1e-6
-_MANY_POSITIONS = 2048
+_MANY_POSITIONS_A_CHANNEL = 16
 _LARGE = 16
 """The image size from which fewer products outweigh more traffic on the way up."""
 _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -33,12 +33,12 @@ class BlockOptions:
 def laid_out(h: Tensor) -> Tensor:
     """h in the memory format in which the CPU's convolutions of its size are fastest.
 
-    That is channels-last for many positions, where it takes up to 40 % less time, and not for few, where the
-    weights outweigh the activations and would have to be laid out anew as well.
+    That is channels-last where the positions are many beside the channels: it takes up to 40 % less time. Where
+    they are few, the weights outweigh the activations, and they would have to be laid out anew as well.
     """
     if h.device.type != "cpu":
         return h
-    many = h.shape[0] * h.shape[2] * h.shape[3] >= _MANY_POSITIONS
+    many = h.shape[0] * h.shape[2] * h.shape[3] >= _MANY_POSITIONS_A_CHANNEL * h.shape[1]
     return h.contiguous(memory_format=torch.channels_last if many else torch.contiguous_format)
 
 
@@ -135,11 +135,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)
-        layers = (self.query, self.key, self.value)
-        # one product in place of three
-        weight, bias = (torch.cat([getattr(dense, name) for dense in layers]) for name in ("weight", "bias"))
-        joint = F.linear(h, weight, bias).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = joint.permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            dense(h).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for dense in (self.query, self.key, self.value)
+        )
         h = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return x + self.out(h).transpose(1, 2).reshape(x.shape)
 

@@ -139,6 +139,14 @@ def test_there_and_back(kind: str, sampling: Sampling, tmp_path: Path) -> None:
     assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in (tmp_path / "p").rglob("*"))
 
 
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_a_schedule_near_a_named_one_is_not_taken_for_it(kind: str, tmp_path: Path) -> None:
+    betas = SCHEDULES[kind].betas.clone()
+    betas[7] *= 1 + 1e-6
+    export_pipeline(tmp_path / "p", TINY, weights(TINY), Schedule.from_betas(betas), Sampling())
+    assert torch.equal(import_pipeline(tmp_path / "p").schedule.betas, betas)
+
+
 def test_a_learned_variance_means_the_same_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ln σ² = f·ln β + (1 − f)·ln β̃ with f = (v + 1)/2, the second half of the channels being v."""
     config, schedule = replace(TINY, learned_variance=True), SCHEDULES["linear"]
