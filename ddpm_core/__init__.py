@@ -13,6 +13,8 @@ from ddpm_core.bound import (
     prior_term,
     reverse_of_sampler,
 )
+from ddpm_core.chains import karras_log_snr, log_snr_chain, nearest_timesteps, retimed
+from ddpm_core.conditioning import NetworkConfig
 from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
 from ddpm_core.decoder import discretized_gaussian_log_likelihood
 from ddpm_core.diffusers_weights import (
@@ -36,6 +38,7 @@ from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger,
 from ddpm_core.networks import as_eps_theta, build_network
 from ddpm_core.objectives import (
     ObjectiveConfig,
+    draw_timesteps,
     drop_labels,
     loss_weights,
     simple_loss,
@@ -50,14 +53,6 @@ from ddpm_core.paths import (
     q_trajectory,
 )
 from ddpm_core.posthoc_ema import PowerEMA, Profile, Snapshot, combine_profiles, combine_tensors, reconstruct
-from ddpm_core.chains import karras_log_snr, log_snr_chain, nearest_timesteps, retimed
-from ddpm_core.ema import EMA, ema_decay
-from ddpm_core.guidance import guided
-from ddpm_core.conditioning import NetworkConfig
-from ddpm_core.dit import DiT, DiTConfig
-from ddpm_core.ema import EMA, ema_decay
-from ddpm_core.networks import as_eps_theta, build_network
-from ddpm_core.objectives import draw_timesteps, simple_loss
 from ddpm_core.predictions import (
     PredictionType,
     convert_prediction,
@@ -77,16 +72,6 @@ from ddpm_core.processes import (
 )
 from ddpm_core.respacing import respaced_timesteps
 from ddpm_core.reverse import Prediction, ReverseProcess
-from ddpm_core.samplers import SamplerConfig, TrajectoryStep, sample, sampling_timesteps, trajectory
-from ddpm_core.schedules import (
-    Schedule,
-    ScheduleConfig,
-    ScheduleReport,
-    rescale_zero_terminal_snr,
-    respace,
-)
-from ddpm_core.timesteps import LossMoments, draw_timesteps
-from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
 from ddpm_core.samplers import (
     SamplerConfig,
     TrajectoryStep,
@@ -96,7 +81,15 @@ from ddpm_core.samplers import (
     trajectory,
     visited_timesteps,
 )
-from ddpm_core.schedules import Schedule, ScheduleConfig, respace
+from ddpm_core.schedules import (
+    Schedule,
+    ScheduleConfig,
+    ScheduleReport,
+    rescale_zero_terminal_snr,
+    respace,
+)
+from ddpm_core.timesteps import LossMoments, draw_timesteps
+from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
 from ddpm_core.types import EpsTheta, VarianceType
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -125,10 +118,6 @@ __all__ = [
     "Profile",
     "ReverseProcess",
     "SamplerConfig",
-    "DiT",
-    "DiTConfig",
-    "EMA",
-    "EpsTheta",
     "NetworkConfig",
     "Schedule",
     "ScheduleConfig",
@@ -150,8 +139,6 @@ __all__ = [
     "consistency_terms",
     "convert_prediction",
     "denoise_step",
-    "bound_term",
-    "build_network",
     "discretized_gaussian_log_likelihood",
     "draw_timesteps",
     "drop_labels",
@@ -164,7 +151,6 @@ __all__ = [
     "loss_weights",
     "path_bound",
     "path_terms",
-    "guided",
     "karras_log_snr",
     "log_snr_chain",
     "nearest_timesteps",

@@ -16,6 +16,7 @@ from ddpm_core import (
     VarianceType,
     bound_term,
     discretized_gaussian_log_likelihood,
+    paths,
     prior_term,
     rng,
     trajectory,
@@ -201,7 +202,6 @@ def test_zero_terminal_snr_has_a_path_bound() -> None:
 
 def test_the_joint_and_the_posterior_are_those_of_the_path() -> None:
     """ln q(x_1, …|x_0) and ln p_θ(x_0, x_1, …) of one path, by the hierarchy and by `ddpm_core.paths`."""
-    paths = pytest.importorskip("ddpm_core.paths")
     reverse = ReverseProcess(SHORT, variance_type="fixed_large", clip=True)
     chain = DiffusionChain(_network, reverse)
     index = torch.arange(3)

@@ -25,57 +25,6 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 MATHEMATICS = (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8")
 
-# What names of parts that are written beside this one begin with. To be emptied when they have been joined.
-PENDING = (
-    *(
-        f"ddpm_core.{module}."
-        for module in (
-            "dit",
-            "guidance",
-            "ledger",
-            "networks",
-            "paths",
-            "posthoc_ema",
-            "processes",
-            "respacing",
-            "steps",
-            "timesteps",
-            "two_sided",
-        )
-    ),
-    "ddpm_core.bound.reverse_of_sampler",
-    "ddpm_core.ema.HalfLife",
-    "ddpm_core.objectives.loss_weights",
-    "ddpm_core.objectives.training_loss",
-    "ddpm_core.predictions.convert_prediction",
-    "ddpm_core.reverse.dynamic_threshold",
-    "ddpm_core.schedules.Schedule.validate",
-    "ddpm_core.schedules.rescale_zero_terminal_snr",
-    *(
-        f"tests/unit/test_core_{part}.py::"
-        for part in (
-            "bound_decoder",
-            "bound_identity",
-            "bound_terms",
-            "ema_posthoc",
-            "guidance",
-            "ledger",
-            "networks",
-            "objectives",
-            "paths",
-            "predictions",
-            "processes_equal_snr",
-            "sampler_orders",
-            "samplers_moments",
-            "schedules_advice",
-            "schedules_kinds",
-            "timesteps",
-            "two_sided",
-        )
-    ),
-    "tests/unit/test_core_ema.py::test_a_half_life_halves_a_weights_share",
-)
-
 
 def exists(name: str) -> bool:
     """Whether "ddpm_core.module.name" can be imported, or "tests/file.py::test" is a function of that file."""
@@ -101,7 +50,7 @@ def exists(name: str) -> bool:
 def test_every_name_in_the_mathematics_exists() -> None:
     names = set(re.findall(r"\bddpm_core(?:\.\w+)+|\btests/[\w/]+\.py(?:::\w+)?", MATHEMATICS))
     assert len(names) > 100
-    assert sorted(name for name in names if not name.startswith(PENDING) and not exists(name)) == []
+    assert sorted(name for name in names if not exists(name)) == []
 
 
 @pytest.mark.parametrize(
