@@ -38,7 +38,6 @@ from ddpm_core.ledger import CurveBound, Ledger, bound_from_curve, bound_ledger,
 from ddpm_core.networks import as_eps_theta, build_network
 from ddpm_core.objectives import (
     ObjectiveConfig,
-    draw_timesteps,
     drop_labels,
     loss_weights,
     simple_loss,
