@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench test-k8s clean
+.PHONY: help install demo test lint format bench bench-core test-k8s clean
 
 help:
 	@echo "make demo      the whole way on handwritten digits, on this machine alone"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint      lint and type check"
 	@echo "make format    rewrite the sources as the linter wants them"
 	@echo "make bench     speed, as ratios to a named peer or limit"
+	@echo "make bench-core  ddpm_core against diffusers: training steps, sampling, share of the peak"
 	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
 	@echo "make clean     stop the local stack and remove what was made here"
 
@@ -39,6 +40,9 @@ format: install
 
 bench: install
 	@$(BIN)/python -m tests.bench
+
+bench-core: install
+	@$(BIN)/python -m tests.bench.bench_core
 
 test-k8s: install
 	@$(BIN)/python -m pytest -m k8s

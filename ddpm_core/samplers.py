@@ -6,14 +6,15 @@ the batch or the worker that makes it. Whatever a rule carries from step to step
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from ddpm_core import rng, steps
 from ddpm_core._checks import check_index, require
+from ddpm_core._identity import config_identity
 from ddpm_core.chains import karras_timesteps
 from ddpm_core.predictions import PredictionType, x_start_tables
 from ddpm_core.process import LinearGaussianProcess
@@ -52,9 +53,13 @@ class SamplerConfig:
     eta: float = 0.0
     variance_type: VarianceType = "fixed_large"
     clip: bool = True
-    spacing: Spacing = "linspace"
-    karras_rho: float = 7.0
-    threshold_quantile: float | None = None
+    spacing: Spacing = field(default="linspace", kw_only=True)
+    karras_rho: float = field(default=7.0, kw_only=True)
+    threshold_quantile: float | None = field(default=None, kw_only=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What the sampler is, as plain values to hash."""
+        return config_identity(self)
 
     def __post_init__(self) -> None:
         require(self.kind in SAMPLER_KINDS, "kind", _one_of(SAMPLER_KINDS), self.kind)

@@ -95,7 +95,7 @@ class Recipe:
         return {
             "format_version": FORMAT_VERSION,
             "checkpoint": self.checkpoint_identity,
-            "sampler": asdict(self.sampler),
+            "sampler": self.sampler.identity(),
             "seed": self.settings.seed,
             "count": self.settings.count,
             "unit_size": self.settings.unit_size,
