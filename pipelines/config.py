@@ -11,22 +11,30 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from ddpm_core.dit import DiTConfig
 from ddpm_core.objectives import ObjectiveConfig
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
 from pipelines.errors import UserError, one_line
+from pipelines.telling import validated
 
 FORMAT_VERSION = 1
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Positive = Annotated[int, Field(ge=1)]
+Network = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[DiTConfig, Tag("dit")],
+    Discriminator(
+        lambda value: value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", None)
+    ),
+]
+"""Either network, told apart by `kind`, which need not be said of a U-Net."""
 
 
 class Section(BaseModel):
@@ -182,7 +190,7 @@ class Config(Section):
     data: DataConfig
     prepare: PrepareConfig = PrepareConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    model: UNetConfig
+    model: Network
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
@@ -290,53 +298,6 @@ def parse_config(
     if mistakes:
         raise UserError("\n".join(mistakes))
     return validated(Config, values, where)
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validated(model: type[Model], values: Any, where: str) -> Model:
-    """`values` as a `model`, or a `UserError` with a line for each wrong field."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        lines = (f"{where}: {_told(problem, model)}" for problem in error.errors())
-        raise UserError("\n".join(lines)) from None
-
-
-def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        message = f"no such setting{_suggestion(problem['loc'], model)}"
-    elif problem["type"] == "missing":
-        message = "is required and missing"
-    elif problem["type"] == "value_error":
-        # a check over several fields names its field itself
-        field = (
-            f"{field}.{message.split(':')[0]}" if field and ":" in message else field or message.split(":")[0]
-        )
-        message = message.partition(": ")[2] or message
-    else:
-        message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
-    return f"{field}: {message}"
-
-
-def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    import difflib
-
-    names: list[str] = list(model.model_fields)
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or field.annotation is None:
-            return ""
-        section: Any = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            model, names = section, list(section.model_fields)
-        else:
-            names = list(getattr(section, "__dataclass_fields__", {}))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

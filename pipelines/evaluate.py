@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ddpm_core import rng
 from ddpm_core.bound import BoundEstimate
+from ddpm_core.networks import as_eps_theta
 from ddpm_core.samplers import trajectory
 from pipelines import plots
 from pipelines.checkpoints import Checkpoint
@@ -322,7 +323,7 @@ def draw(
 def _frames(model: Any, schedule: Any, recipe: Recipe) -> list[tuple[int, Pixels, Pixels]]:
     """The way of image 0 from noise to image."""
     steps = trajectory(
-        model,
+        as_eps_theta(model, schedule),
         schedule,
         recipe.sampler,
         seed=recipe.settings.seed,

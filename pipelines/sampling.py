@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ddpm_core.networks import as_eps_theta, build_network
 from ddpm_core.predictions import PredictionType
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
-from ddpm_core.unet import UNet
 from pipelines.checkpoints import Checkpoint, open_checkpoint
-from pipelines.config import Config, SampleConfig, digest, validated
+from pipelines.config import Config, SampleConfig, digest
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png, to_uint8
 from pipelines.records import (
@@ -37,11 +37,14 @@ from pipelines.records import (
 )
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import ObjectMissing, Storage, open_storage
+from pipelines.telling import validated
 
 FORMAT_VERSION = 1
 RECORD = "samples.json"
 
 _READ_IN_A_MOMENT_BYTES = 64 * 2**20
+_WITHOUT_EFFECT = ("gradient_checkpointing",)
+"""Settings of a model that change nothing of its output."""
 
 
 class SampleSetError(RecordError):
@@ -117,10 +120,12 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     mistakes = []
     for section in ("schedule", "model", "objective"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
+        # networks of different kinds have different settings, and the kind says it all
+        keys = ["kind"] if section == "model" and ours["kind"] != theirs["kind"] else list(ours)
         mistakes += [
-            f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
-            for key, value in ours.items()
-            if value != theirs[key]
+            f"{section}.{key}: {ours[key]}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
+            for key in keys
+            if ours[key] != theirs[key] and key not in _WITHOUT_EFFECT
         ]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -150,7 +155,7 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
 def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, Schedule]:
     """The averaged network of a checkpoint, for evaluation, and its noise schedule."""
     config = checkpoint_config(checkpoint)
-    model = UNet(config.model)
+    model = build_network(config.model)
     model.load_state_dict(checkpoint.read("ema"))
     return model.to(device).eval().requires_grad_(False), Schedule.from_config(config.schedule).to(device)
 
@@ -170,7 +175,7 @@ def make_images(
             part = list(index[start : start + size])
             padded = part + [part[-1]] * (size - len(part))
             x = sample(
-                model,
+                as_eps_theta(model, schedule),
                 schedule,
                 recipe.sampler,
                 seed=recipe.settings.seed,

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_core.bound import BoundAccumulator, BoundEstimate
+from ddpm_core.networks import as_eps_theta
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
@@ -245,7 +246,7 @@ class _Clock:
 
 
 def held_out_bound(
-    dataset: Dataset, config: Config, model: Any, world: World, num_images: int | None
+    dataset: Dataset, config: Config, model: nn.Module, world: World, num_images: int | None
 ) -> BoundEstimate:
     """The bound of a network on held-out images, bits/dim; the workers share the images and the result."""
     total = dataset.count("test")
@@ -261,7 +262,7 @@ def held_out_bound(
     with torch.inference_mode():
         for index, images in _held_out(dataset, start, stop):
             x_start = to_model(images, dataset.levels).to(world.device)
-            accumulator.add(model, x_start, index.to(world.device))
+            accumulator.add(as_eps_theta(model, schedule), x_start, index.to(world.device))
     state = accumulator.state().to(world.device)
     world.all_reduce(state)
     accumulator.load_state(state.cpu())
@@ -296,7 +297,7 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
             with torch.inference_mode():
                 index = torch.arange(_GRID, device=world.device)
                 x = sample(
-                    model,
+                    as_eps_theta(model, learner.schedule),
                     learner.schedule,
                     _preview(config),
                     seed=config.seed,

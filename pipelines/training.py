@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ddpm_core import rng
 from ddpm_core.ema import EMA
+from ddpm_core.networks import as_eps_theta, build_network
 from ddpm_core.objectives import training_loss
 from ddpm_core.schedules import Schedule
 from ddpm_core.timesteps import LossMoments, draw_timesteps
-from ddpm_core.unet import UNet
 from pipelines.checkpoints import CheckpointError, State
 from pipelines.config import Config, OptimizerConfig
 from pipelines.errors import UserError
@@ -113,7 +113,7 @@ class Learner:
         self.schedule = Schedule.from_config(config.schedule).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive_seed(config.seed, "weights"))
-            model = UNet(config.model)
+            model = build_network(config.model)
         # convolutions want their channels innermost; the layout changes rounding, not results
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
@@ -170,8 +170,9 @@ class Learner:
             t, weights = self.loss_moments.draw(config.seed, index)
         noise = rng.normal(config.seed, "noise", index, tuple(x_start.shape[1:]))
         torch.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
+        network = as_eps_theta(self.model, self.schedule)
         losses = training_loss(
-            self.model, self.schedule, config.objective, x_start, t, noise, levels=self.levels
+            network, self.schedule, config.objective, x_start, t, noise, levels=self.levels
         )
         if weights is not None:
             place = slice(part.stream * len(t), (part.stream + 1) * len(t))
@@ -211,7 +212,7 @@ class Learner:
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the EMA's weights, for evaluation."""
-        model = UNet(self.config.model).to(self.device)
+        model = build_network(self.config.model).to(self.device)
         self.ema.copy_to(model)
         return model.eval().requires_grad_(False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import Config, digest, load_config, parse_config, validated
+from ddpm_core.dit import DiTConfig
+from ddpm_core.unet import UNetConfig
+from pipelines.config import Config, digest, load_config, parse_config
 from pipelines.errors import UserError
+from pipelines.telling import validated
 from tests.support.runs import TINY, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
@@ -48,6 +52,7 @@ def test_cifar10_has_the_published_hyper_parameters() -> None:
         1.0,
         5000,
     )
+    assert isinstance(config.model, UNetConfig)
     assert (config.model.dropout, config.data.flip, config.optimizer.adam_betas) == (0.1, True, (0.9, 0.999))
 
 
@@ -242,6 +247,7 @@ def test_overrides_reach_every_kind_of_value() -> None:
         "prepare.levels=17",
     )
     assert (config.seed, config.data.flip, config.schedule.beta_end) == (7, False, 0.2)
+    assert isinstance(config.model, UNetConfig)
     assert (config.model.channel_mults, config.model.attention_resolutions) == ((1, 1, 2), ())
     assert (config.sampler.num_steps, config.storage, config.prepare.levels) == (None, "s3://b/p=q", 17)
 
@@ -285,9 +291,58 @@ def test_every_part_of_what_changes_the_run_to_another_one() -> None:
     assert tiny_config().run_name("other data") not in names
 
 
+DIT = (
+    "model={kind: dit, image_size: 8, in_channels: 1, patch_size: 4, hidden_size: 8, depth: 1, num_heads: 2, "
+    "mlp_ratio: 2}"
+)
+WHAT_OF_DIT = [
+    "model.patch_size=2", "model.hidden_size=16", "model.depth=2", "model.num_heads=1", "model.mlp_ratio=3",
+    "model.image_size=16", "model.in_channels=3", "model.learned_variance=true", "model.num_classes=10",
+    "model.conditioning=log_snr",
+]  # fmt: skip
+
+
+def test_a_model_is_a_unet_unless_it_says_otherwise() -> None:
+    assert tiny_config().model == tiny_config("model.kind=unet").model
+    assert isinstance(tiny_config().model, UNetConfig)
+    assert tiny_config(DIT).model == DiTConfig(8, 1, 4, 8, 1, 2, 2.0)
+
+
+def test_every_part_of_a_transformer_changes_the_run() -> None:
+    names = [tiny_config(DIT, *change).run_name("d") for change in [(), *((one,) for one in WHAT_OF_DIT)]]
+    assert len({*names, tiny_config().run_name("d")}) == len(names) + 1
+    told = {override.split(".")[1].split("=")[0] for override in WHAT_OF_DIT}
+    assert {field.name for field in fields(DiTConfig)} == told | {"kind", "gradient_checkpointing"}
+    same = tiny_config(DIT, "model.gradient_checkpointing=true")
+    assert same.run_name("d") == names[0]
+    assert parse_config(same.to_yaml()) == same
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.kind=resnet", "model.kind: must be 'unet' or 'dit', got 'resnet'"),
+        ("model.kind=null", "model.kind: must be 'unet' or 'dit', got None"),
+        ("model=3", "model: must hold settings, got 3"),
+        ("model.dept=3", "model.dept: no such setting; did you mean 'depth'?"),
+        ("model.patch_size=3", "model.image_size: must be a positive multiple of patch_size 3, got 8"),
+        (
+            "model.depth=deep",
+            "model.depth: input should be a valid integer, unable to parse string as an integer, got 'deep'",
+        ),
+        ("model.base_channels=8", "model.base_channels: no such setting; it is one of model.kind unet"),
+        ("model={kind: dit, in_channels: 1}", "model.image_size: is required and missing"),
+    ],
+)
+def test_a_mistake_in_a_transformer_names_its_field(override: str, message: str) -> None:
+    assert problem(TINY, DIT, override) == f"my.yaml: {message}"
+
+
 def test_every_field_is_on_one_of_the_two_lists() -> None:
     """A new setting must be put into the identity, or be found not to belong there."""
     named = {override.split("=")[0] for override in (*WHERE_AND_HOW_LONG, *WHAT)}
+    # of another kind the whole section is another one: DIT, below
+    named |= {"model.kind"}
     # of these only the part that a mass-generated set or a sweep is made with; they have identities of their own
     apart = ("sampler.", "sample.", "tune.", "prepare.", "bound.")
     missing = [
