@@ -21,6 +21,7 @@ from ddpm_core.objectives import ObjectiveConfig
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
+from pipelines import config_checks
 from pipelines.errors import UserError, one_line
 from pipelines.telling import validated
 
@@ -109,7 +110,8 @@ class TrainConfig(Section):
 class BoundConfig(Section):
     """How the variational bound is estimated on held-out images."""
 
-    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    """learned_range for a model with learned_variance, and for that alone."""
     num_strata: Positive = 8
     """Timesteps drawn an image, one from each of this many equal parts of 1..T−1."""
     num_images: Positive = 1024
@@ -205,21 +207,10 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _workers_have_work(self) -> Config:
-        if self.workers.num > self.train.micro_batches:
-            raise ValueError(
-                f"workers.num: must be at most train.micro_batches {self.train.micro_batches}, "
-                f"got {self.workers.num}; each worker takes whole micro-batches"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _the_network_has_no_variance(self) -> Config:
-        if self.objective.variance_type == "learned_range":
-            raise ValueError(
-                "objective.variance_type: must be 'fixed_small' or 'fixed_large', got 'learned_range'; the network "
-                "of model has no channels for a variance"
-            )
+    def _sections_agree(self) -> Config:
+        found = config_checks.mistakes(self)
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
     def training_identity(self, dataset_identity: str) -> dict[str, Any]:

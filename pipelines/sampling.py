@@ -23,6 +23,7 @@ from ddpm_core.predictions import PredictionType
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoint, open_checkpoint
+from pipelines.conditioning import fitted
 from pipelines.config import Config, SampleConfig, digest
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png, to_uint8
@@ -139,7 +140,7 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
         config.name,
         checkpoint.uri,
         checkpoint.identity,
-        config.sampler,
+        fitted(config.sampler, trained.model),
         config.sample,
         (channels, size, size),
         levels,

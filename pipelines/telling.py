@@ -20,7 +20,10 @@ def validated(model: type[Model], values: Any, where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = (f"{where}: {_told(problem, model)}" for problem in error.errors())
+        # a check over several sections finds several mistakes at once
+        lines = (
+            f"{where}: {line}" for problem in error.errors() for line in _told(problem, model).split("\n")
+        )
         raise UserError("\n".join(lines)) from None
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints, step_name
+from pipelines.conditioning import fitted
 from pipelines.config import Config, digest
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
@@ -315,7 +316,8 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
 def _preview(config: Config) -> SamplerConfig:
     """A sampler of few steps, since the other workers wait while rank 0 draws the grid."""
     steps = min(_PREVIEW_STEPS, config.schedule.num_timesteps)
-    return SamplerConfig(kind="ddim", num_steps=steps, eta=0.0, clip=config.sampler.clip)
+    quick = replace(config.sampler, kind="ddim", num_steps=steps, eta=0.0, spacing="linspace")
+    return fitted(quick, config.model)
 
 
 def _save(run: Run, learner: Learner, checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:

@@ -231,6 +231,108 @@ def test_what_yaml_itself_refuses_is_one_line(text: str) -> None:
     assert problem(text).startswith("my.yaml")
 
 
+VLB = ("objective.loss=vlb", "objective.variance_type=learned_range")
+HAS_CHANNELS = "as model.learned_variance is true"
+NO_CHANNELS = "as model.learned_variance is false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (
+            ("model.learned_variance=true",),
+            [
+                f"objective.variance_type: must be 'learned_range', {HAS_CHANNELS}, got 'fixed_small'",
+                f"bound.variance_type: must be 'learned_range', {HAS_CHANNELS}, got 'fixed_small'",
+            ],
+        ),
+        (
+            (
+                "model.learned_variance=true",
+                *VLB,
+                "bound.variance_type=learned_range",
+                "sampler.kind=ancestral",
+            ),
+            [
+                f"sampler.variance_type: must be 'learned_range' for the kind 'ancestral', {HAS_CHANNELS}, "
+                "got 'fixed_large'"
+            ],
+        ),
+        (
+            (*VLB, "bound.variance_type=learned_range", "sampler.variance_type=learned_range"),
+            [
+                f"objective.variance_type: must be 'fixed_small' or 'fixed_large', {NO_CHANNELS}: the network has "
+                "no channels for a variance, got 'learned_range'",
+                f"bound.variance_type: must be 'fixed_small' or 'fixed_large', {NO_CHANNELS}: the network has "
+                "no channels for a variance, got 'learned_range'",
+                f"sampler.variance_type: must be 'fixed_small' or 'fixed_large', {NO_CHANNELS}, "
+                "got 'learned_range'",
+            ],
+        ),
+        (
+            ("sampler.variance_type=analytic",),
+            [
+                "sampler.variance_type: must be 'fixed_small' or 'fixed_large', got 'analytic', for which nothing "
+                "here measures the network's error at every t"
+            ],
+        ),
+        (
+            ("bound.variance_type=analytic",),
+            [
+                "bound.variance_type: input should be 'fixed_small', 'fixed_large' or 'learned_range', "
+                "got 'analytic'"
+            ],
+        ),
+        (
+            ("schedule.zero_terminal_snr=true",),
+            [
+                "objective.prediction_type: must be 'v' or 'x_start' for a schedule that ends without signal "
+                "(schedule.kind 'linear', schedule.zero_terminal_snr true), got 'eps', which says nothing of x_0 "
+                "there"
+            ],
+        ),
+        (
+            ("schedule.kind=log_snr", "schedule.log_snr_min=-200"),
+            [
+                "objective.prediction_type: must be 'v' or 'x_start' for a schedule that ends without signal "
+                "(schedule.kind 'log_snr', schedule.zero_terminal_snr false), got 'eps', which says nothing of x_0 "
+                "there"
+            ],
+        ),
+        (
+            ("schedule.kind=inverse",),
+            [
+                "objective.prediction_type: must be 'v' or 'x_start' for a schedule that ends without signal "
+                "(schedule.kind 'inverse', schedule.zero_terminal_snr false), got 'eps', which says nothing of x_0 "
+                "there"
+            ],
+        ),
+        (
+            ("schedule.kind=betas",),
+            ["schedule.betas: must be 50 numbers (num_timesteps), got '0'"],
+        ),
+        (
+            ("schedule.kind=log_snr", "schedule.log_snr_max=1000"),
+            [
+                "schedule: betas: must lie between 0 and 1, both excluded (1 is allowed at the last step), got 0.0 "
+                "at 0"
+            ],
+        ),
+    ],
+)
+def test_sections_that_contradict_each_other(overrides: tuple[str, ...], messages: list[str]) -> None:
+    found = problems(TINY, *overrides)
+    assert len(found) == len(messages)
+    for line, message in zip(found, messages, strict=True):
+        assert line == f"my.yaml: {message}"
+
+
+@pytest.mark.parametrize("end", ["schedule.zero_terminal_snr=true", "schedule.kind=inverse"])
+@pytest.mark.parametrize("said", ["v", "x_start"])
+def test_a_chain_may_end_without_signal_if_not_eps_is_predicted(end: str, said: str) -> None:
+    assert tiny_config(end, f"objective.prediction_type={said}")
+
+
 def test_an_empty_sweep_is_a_mistake() -> None:
     assert "tune.num_timesteps" in problem(TINY, "tune.num_timesteps=[]")
 
@@ -259,16 +361,20 @@ WHERE_AND_HOW_LONG = [
     "bound.num_strata=5", "bound.num_images=9", "sampler.kind=ancestral", "sampler.num_steps=3", "sample.count=5",
     "sample.seed=3", "tune.num_trials=3", "tune.workers=2", "prepare.levels=5", "model.gradient_checkpointing=true",
 ]  # fmt: skip
+LEARNED = (
+    "model.learned_variance=true & objective.loss=hybrid & objective.variance_type=learned_range & "
+    "bound.variance_type=learned_range"
+)
 WHAT = [
     "name=other", "seed=1", "data.flip=false", "schedule.kind=cosine", "schedule.num_timesteps=51",
     "schedule.beta_start=0.0002", "schedule.beta_end=0.3", "schedule.cosine_s=0.01", "schedule.beta_max=0.9",
     "schedule.warmup_fraction=0.2", "schedule.sigmoid_start=-2", "schedule.sigmoid_end=2", "schedule.sigmoid_tau=2",
     "schedule.log_snr_max=9", "schedule.log_snr_min=-9", "schedule.betas=[0.1]", "schedule.alphas_cumprod=[0.9]",
-    "schedule.zero_terminal_snr=true",
+    "schedule.zero_terminal_snr=true & objective.prediction_type=x_start",
     "model.base_channels=12", "model.channel_mults=[1, 1]", "model.num_res_blocks=2",
     "model.attention_resolutions=[8]", "model.dropout=0.1", "model.num_groups=2", "model.image_size=16",
     "model.in_channels=3", "model.scale_shift_norm=true", "model.num_heads=2", "model.head_channels=4",
-    "model.learned_variance=true", "model.num_classes=10", "model.conditioning=log_snr",
+    LEARNED, "model.num_classes=10", "model.conditioning=log_snr",
     "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
     "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
     "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
@@ -286,7 +392,7 @@ def test_where_and_how_long_do_not_change_the_run() -> None:
 
 
 def test_every_part_of_what_changes_the_run_to_another_one() -> None:
-    names = [tiny_config(*change).run_name("data") for change in [(), *((one,) for one in WHAT)]]
+    names = [tiny_config(*one.split(" & ")).run_name("data") for one in ("seed=0", *WHAT)]
     assert len(set(names)) == len(names)
     assert tiny_config().run_name("other data") not in names
 
@@ -297,7 +403,7 @@ DIT = (
 )
 WHAT_OF_DIT = [
     "model.patch_size=2", "model.hidden_size=16", "model.depth=2", "model.num_heads=1", "model.mlp_ratio=3",
-    "model.image_size=16", "model.in_channels=3", "model.learned_variance=true", "model.num_classes=10",
+    "model.image_size=16", "model.in_channels=3", LEARNED, "model.num_classes=10",
     "model.conditioning=log_snr",
 ]  # fmt: skip
 
@@ -309,7 +415,7 @@ def test_a_model_is_a_unet_unless_it_says_otherwise() -> None:
 
 
 def test_every_part_of_a_transformer_changes_the_run() -> None:
-    names = [tiny_config(DIT, *change).run_name("d") for change in [(), *((one,) for one in WHAT_OF_DIT)]]
+    names = [tiny_config(DIT, *one.split(" & ")).run_name("d") for one in ("seed=0", *WHAT_OF_DIT)]
     assert len({*names, tiny_config().run_name("d")}) == len(names) + 1
     told = {override.split(".")[1].split("=")[0] for override in WHAT_OF_DIT}
     assert {field.name for field in fields(DiTConfig)} == told | {"kind", "gradient_checkpointing"}

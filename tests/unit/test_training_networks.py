@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ from pipelines.errors import UserError
 from pipelines.plan import network_bytes, training_plan
 from pipelines.sampling import load_model, make_images, recipe_of
 from pipelines.storage import open_storage
-from pipelines.train import open_run, train
+from pipelines.tracking import Row
+from pipelines.train import _evaluate, held_out_bound, open_run, train
 from pipelines.training import Learner, SingleWorker
 from tests.support.data import dataset_of
 from tests.support.runs import made_up_batches, tiny_config
@@ -27,11 +31,34 @@ CPU = torch.device("cpu")
 DIT = (
     "model={kind: dit, image_size: 8, in_channels: 1, patch_size: 4, hidden_size: 8, depth: 1, num_heads: 2}"
 )
+LEARNED = (
+    "model.learned_variance=true", "objective.loss=hybrid", "objective.variance_type=learned_range",
+    "bound.variance_type=learned_range",
+)  # fmt: skip
+SILENT = ("schedule.zero_terminal_snr=true", "objective.prediction_type=v")
 NETWORKS = {
     "unet": (),
     "unet on log-SNR": ("model.conditioning=log_snr",),
     "dit": (DIT,),
     "dit on log-SNR": (DIT, "model.conditioning=log_snr"),
+}
+OBJECTIVES = {
+    "learned variance": LEARNED,
+    "learned by ancestral": (*LEARNED, "sampler.kind=ancestral", "sampler.variance_type=learned_range"),
+    "learned by Heun": (*LEARNED, "sampler.kind=heun"),
+    "learned by losses": (*LEARNED, "objective.timestep_sampling=loss_second_moment"),
+    "no signal": SILENT,
+    "no signal, weighted": (*SILENT, "objective.weighting=min_snr"),
+    "no signal, on log-SNR": (*SILENT, "model.conditioning=log_snr"),
+    "no signal, bound": (*SILENT, "objective.loss=vlb", "objective.variance_type=fixed_large"),
+    "no signal, learned": (
+        *SILENT,
+        *LEARNED,
+        "sampler.kind=ancestral",
+        "sampler.variance_type=learned_range",
+    ),
+    "no signal, 2M": (*SILENT, "sampler.kind=dpm_solver_pp_2m"),
+    "no signal, Karras": (*SILENT, "sampler.kind=heun", "sampler.spacing=karras"),
 }
 
 
@@ -47,7 +74,7 @@ def trained(config: Config) -> Checkpoint:
     return Checkpoints(run.storage).open(config.train.steps)
 
 
-@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("options", [*NETWORKS.values(), *OBJECTIVES.values()], ids=[*NETWORKS, *OBJECTIVES])
 def test_it_is_trained_resumed_judged_and_sampled(
     options: tuple[str, ...], data: str, tmp_path: Path
 ) -> None:
@@ -65,15 +92,62 @@ def test_it_is_trained_resumed_judged_and_sampled(
     assert isinstance(model, DiT if DIT in options else UNet)
     recipe = recipe_of(config, checkpoint, 256)
     images = make_images(model, schedule, recipe, [0, 5], CPU)
+    learned = config.model.learned_variance
     expected = sample(
         as_eps_theta(model, schedule),
         schedule,
-        config.sampler,
+        replace(config.sampler, variance_type="learned_range") if learned else config.sampler,
         seed=0,
         index=torch.tensor([5]),
         shape=(1, 8, 8),
+        prediction_type=config.objective.prediction_type,
     )
+    assert float(images.abs().max()) <= 1
     torch.testing.assert_close(images[1:], expected, rtol=0, atol=1e-4)
+
+
+class Kept:
+    """A tracker that keeps the pictures."""
+
+    run_id = None
+
+    def __init__(self) -> None:
+        self.artifacts: dict[str, bytes] = {}
+
+    def log(self, rows: Iterable[Row]) -> None:
+        pass
+
+    def artifact(self, path: str, data: bytes) -> None:
+        self.artifacts[path] = data
+
+    def finish(self, *, failed: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_previews_are_drawn_of_every_objective(options: tuple[str, ...], data: str) -> None:
+    run = open_run(tiny_config(*options, data))
+    learner, tracker = Learner(run.config, CPU, run.dataset.levels), Kept()
+    metrics = _evaluate(run, learner, SingleWorker(CPU), tracker, 3)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert list(tracker.artifacts) == ["samples/step-000000003.png"]
+
+
+def test_the_variance_is_trained_and_the_bound_sees_it(data: str) -> None:
+    """Hybrid moves v, and with another v the held-out bound is another one, though the prediction is the same."""
+    config = tiny_config(*LEARNED, data)
+    learner = Learner(config, CPU, 256)
+    before = dict(learner.model.state_dict())["conv_out.weight"].clone()
+    learner.step(0, made_up_batches(config, 0), SingleWorker(CPU))
+    after = dict(learner.model.state_dict())["conv_out.weight"]
+    assert after.shape[0] == 2
+    assert bool((after[1] != before[1]).any())
+    dataset, model = open_run(config).dataset, learner.averaged()
+    bounds = []
+    for v in (-1.0, 0.0, 1.0):
+        dict(model.named_parameters())["conv_out.bias"][1] = v
+        bounds.append(held_out_bound(dataset, config, model, SingleWorker(CPU), 3).total)
+    assert len({round(bound, 3) for bound in bounds}) == 3
 
 
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
