@@ -129,6 +129,10 @@ class SampleConfig(Section):
     seed: int = 0
     checkpoint: Annotated[str, Field(coerce_numbers_to_str=True)] = "best"
     """best (lowest held-out bits/dim), latest, a step number, or the URI of a checkpoint."""
+    labels: tuple[int, ...] = ()
+    """Of a model with classes: image i is of class labels[i mod length]; with none given of i mod num_classes."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: 1 asks for the class, 0 for none, above 1 exaggerates it."""
 
     @model_validator(mode="after")
     def _whole_batches(self) -> SampleConfig:

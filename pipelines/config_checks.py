@@ -18,6 +18,7 @@ def mistakes(config: Config) -> list[str]:
         *_workers(config),
         *_end_of_the_chain(config),
         *_variance(config),
+        *_classes(config),
     ]
 
 
@@ -72,3 +73,19 @@ def _variance(config: Config) -> list[str]:
             f"sampler.variance_type: must be {must_be} for the kind 'ancestral', {because}, got {of_sampler!r}"
         )
     return found
+
+
+def _classes(config: Config) -> list[str]:
+    num_classes, chosen = config.model.num_classes, config.sample
+    if num_classes is None:
+        without = "which model.num_classes null has no use for"
+        found = []
+        if chosen.labels:
+            found.append(f"sample.labels: must be empty, got {list(chosen.labels)}, {without}")
+        if chosen.guidance_scale != 1:
+            found.append(f"sample.guidance_scale: must be 1, got {chosen.guidance_scale}, {without}")
+        return found
+    wrong = [label for label in chosen.labels if not 0 <= label <= num_classes]
+    if not wrong:
+        return []
+    return [f"sample.labels: must lie in 0..{num_classes} ({num_classes} means no class), got {wrong[0]}"]

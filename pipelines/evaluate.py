@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict
 
 from ddpm_core import rng
 from ddpm_core.bound import BoundEstimate
-from ddpm_core.networks import as_eps_theta
 from ddpm_core.samplers import trajectory
 from pipelines import plots
 from pipelines.checkpoints import Checkpoint
@@ -323,7 +322,7 @@ def draw(
 def _frames(model: Any, schedule: Any, recipe: Recipe) -> list[tuple[int, Pixels, Pixels]]:
     """The way of image 0 from noise to image."""
     steps = trajectory(
-        as_eps_theta(model, schedule),
+        recipe.asked(model, schedule, [0], torch.device("cpu")),
         schedule,
         recipe.sampler,
         seed=recipe.settings.seed,

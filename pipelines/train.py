@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core.bound import BoundAccumulator, BoundEstimate
-from ddpm_core.networks import as_eps_theta
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints, step_name
-from pipelines.conditioning import fitted
+from pipelines.conditioning import conditioned, fitted, network_labels
 from pipelines.config import Config, digest
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
@@ -71,6 +70,7 @@ def open_run(config: Config) -> Run:
             f"model.in_channels: {config.model.in_channels}, but the images of {config.data.uri} "
             f"have {channels} channels"
         )
+    mistakes += _wrong_classes(config, dataset)
     if mistakes:
         raise UserError("\n".join(mistakes))
     for split in ("train", "test"):
@@ -78,6 +78,18 @@ def open_run(config: Config) -> Run:
             raise UserError(f"{config.data.uri}: its {split} split is empty")
     name = config.run_name(dataset.identity)
     return Run(config, dataset, name, open_storage(config.storage).child("runs", name))
+
+
+def _wrong_classes(config: Config, dataset: Dataset) -> list[str]:
+    told, there = config.model.num_classes, len(dataset.classes)
+    if told is None or told == there:
+        return []
+    if not there:
+        return [
+            f"model.num_classes: {told}, but the images of {config.data.uri} have no classes; prepare them from a "
+            "folder with a sub-folder a class"
+        ]
+    return [f"model.num_classes: {told}, but the images of {config.data.uri} are of {there} classes"]
 
 
 def claim(run: Run) -> None:
@@ -253,6 +265,7 @@ def held_out_bound(
     total = dataset.count("test")
     total = total if num_images is None else min(total, num_images)
     schedule = Schedule.from_config(config.schedule).to(world.device)
+    classes = config.model.num_classes
     accumulator = BoundAccumulator(
         ReverseProcess(schedule, config.objective.prediction_type, config.bound.variance_type),
         levels=dataset.levels,
@@ -261,20 +274,22 @@ def held_out_bound(
     )
     start, stop = world.rank * total // world.size, (world.rank + 1) * total // world.size
     with torch.inference_mode():
-        for index, images in _held_out(dataset, start, stop):
+        for index, images, label in _held_out(dataset, start, stop):
             x_start = to_model(images, dataset.levels).to(world.device)
-            accumulator.add(as_eps_theta(model, schedule), x_start, index.to(world.device))
+            labels = None if classes is None else network_labels(label.to(world.device), classes)
+            accumulator.add(conditioned(model, schedule, labels), x_start, index.to(world.device))
     state = accumulator.state().to(world.device)
     world.all_reduce(state)
     accumulator.load_state(state.cpu())
     return accumulator.result()
 
 
-def _held_out(dataset: Dataset, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _held_out(dataset: Dataset, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for first in range(start, stop, _EVAL_BATCH):
         last = min(first + _EVAL_BATCH, stop)
-        images = [image for _, image, _ in read_split(dataset, "test", first, last)]
-        yield torch.arange(first, last), torch.from_numpy(np.stack(images))
+        samples = list(read_split(dataset, "test", first, last))
+        images = torch.from_numpy(np.stack([image for _, image, _ in samples]))
+        yield torch.arange(first, last), images, torch.tensor([label for _, _, label in samples])
 
 
 def bound_metrics(estimate: BoundEstimate) -> dict[str, float]:
@@ -297,8 +312,9 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
         if not isinstance(tracker, NoTracker):
             with torch.inference_mode():
                 index = torch.arange(_GRID, device=world.device)
+                classes = config.model.num_classes
                 x = sample(
-                    as_eps_theta(model, learner.schedule),
+                    conditioned(model, learner.schedule, None if classes is None else index % classes),
                     learner.schedule,
                     _preview(config),
                     seed=config.seed,

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ddpm_core import rng
 from ddpm_core.ema import EMA
 from ddpm_core.networks import as_eps_theta, build_network
-from ddpm_core.objectives import training_loss
+from ddpm_core.objectives import drop_labels, training_loss
 from ddpm_core.schedules import Schedule
 from ddpm_core.timesteps import LossMoments, draw_timesteps
 from pipelines.checkpoints import CheckpointError, State
+from pipelines.conditioning import network_labels
 from pipelines.config import Config, OptimizerConfig
 from pipelines.errors import UserError
 
@@ -90,6 +91,11 @@ class Samples(Protocol):
     @property
     def x_start(self) -> Tensor:
         """float32 [b, C, H, W] in [−1, 1]."""
+        ...
+
+    @property
+    def label(self) -> Tensor:
+        """int64 [b]: the class of each, −1 for none."""
         ...
 
 
@@ -170,7 +176,7 @@ class Learner:
             t, weights = self.loss_moments.draw(config.seed, index)
         noise = rng.normal(config.seed, "noise", index, tuple(x_start.shape[1:]))
         torch.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
-        network = as_eps_theta(self.model, self.schedule)
+        network = as_eps_theta(self.model, self.schedule, self._labels(part, index))
         losses = training_loss(
             network, self.schedule, config.objective, x_start, t, noise, levels=self.levels
         )
@@ -180,6 +186,14 @@ class Learner:
             losses = losses * weights.to(losses.dtype)
         (losses.sum() / config.train.batch_size).backward()
         return losses.detach().double().sum()
+
+    def _labels(self, part: Samples, index: Tensor) -> Tensor | None:
+        """The classes as the network learns them, some of them left out so that it learns to do without."""
+        config, num_classes = self.config, self.config.model.num_classes
+        if num_classes is None:
+            return None
+        labels = network_labels(part.label.to(self.device), num_classes)
+        return drop_labels(labels, num_classes, config.objective.label_dropout, config.seed, index)
 
     def _reduce(self, loss_sum: Tensor, drawn: Tensor, world: World) -> tuple[float, float, Tensor]:
         """Sum gradients and losses over the workers: one flat all-reduce, the same bits on every resume.

@@ -380,7 +380,7 @@ WHAT = [
     "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
     "objective.prediction_type=v", "objective.loss=vlb", "objective.weighting=snr", "objective.min_snr_gamma=4",
     "objective.p2_gamma=2", "objective.p2_k=2", "objective.vlb_weight=0.01", "objective.variance_type=fixed_large",
-    "objective.timestep_sampling=loss_second_moment",
+    "objective.timestep_sampling=loss_second_moment", "objective.label_dropout=0.2",
 ]  # fmt: skip
 
 
