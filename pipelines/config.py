@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from ddpm_core.dit import DiTConfig
 from ddpm_core.objectives import ObjectiveConfig
+from ddpm_core.posthoc_ema import MAX_SIGMA_REL, MIN_SIGMA_REL
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
@@ -83,6 +84,37 @@ class EMAConfig(Section):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     warmup: bool = True
     """Average over a shorter past at the start: the decay is at most (1 + step) / (10 + step)."""
+    half_life_images: Annotated[float, Field(gt=0)] | None = None
+    """In place of decay and warmup: after so many images a weight's share has halved."""
+    ramp_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Of half_life_images: it is at most this share of the images seen."""
+    power_sigma_rels: tuple[float, ...] = ()
+    """Lengths of power-function averages kept beside, from which any length can be made afterwards."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> EMAConfig:
+        if self.half_life_images is None:
+            if self.ramp_ratio is not None:
+                raise ValueError(f"ramp_ratio: must be null without half_life_images, got {self.ramp_ratio}")
+        else:
+            # a configuration that was read from a checkpoint names every field, hence by value
+            for name, default in (("decay", 0.9999), ("warmup", True)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: must be left out beside half_life_images, got {getattr(self, name)}"
+                    )
+        for number, sigma_rel in enumerate(self.power_sigma_rels):
+            if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL or sigma_rel in self.power_sigma_rels[:number]:
+                raise ValueError(
+                    f"power_sigma_rels: must be different lengths between {MIN_SIGMA_REL} and "
+                    f"{MAX_SIGMA_REL:.4f} (12**-0.5), got {sigma_rel}"
+                )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """As plain values to hash; what came later counts only where it is not at its default."""
+        later = ("half_life_images", "ramp_ratio", "power_sigma_rels")
+        return self.model_dump(mode="json", exclude={name for name in later if not getattr(self, name)})
 
 
 class TrainConfig(Section):
@@ -230,7 +262,7 @@ class Config(Section):
             "schedule": self.schedule.identity(),
             "model": self.model.identity(),
             "optimizer": self.optimizer.model_dump(mode="json"),
-            "ema": self.ema.model_dump(mode="json"),
+            "ema": self.ema.identity(),
             "batch_size": self.train.batch_size,
             "micro_batches": self.train.micro_batches,
             **({"objective": objective} if objective else {}),

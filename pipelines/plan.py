@@ -11,8 +11,8 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.config import Network
 from pipelines.train import Run
 
-# weights, gradient, Adam's two moments, EMA: float32 each
-_STATE_BYTES_A_PARAMETER = 5 * 4
+# float32
+_BYTES_A_PARAMETER = 4
 _MIB = 2**20
 
 
@@ -22,7 +22,9 @@ def training_plan(run: Run) -> str:
     train_images, test_images = dataset.count("train"), dataset.count("test")
     parameters, activations = network_bytes(config.model)
     micro_batch = settings.batch_size // settings.micro_batches
-    state = parameters * _STATE_BYTES_A_PARAMETER
+    # weights, gradient, Adam's two moments, EMA
+    copies = 5 + len(config.ema.power_sigma_rels)
+    state = parameters * copies * _BYTES_A_PARAMETER
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0
     schedule = Schedule.from_config(config.schedule)

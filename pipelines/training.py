@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import rng
-from ddpm_core.ema import EMA
+from ddpm_core.ema import EMA, HalfLife
 from ddpm_core.networks import as_eps_theta, build_network
 from ddpm_core.objectives import drop_labels, training_loss
+from ddpm_core.posthoc_ema import PowerEMA
 from ddpm_core.schedules import Schedule
 from ddpm_core.timesteps import LossMoments, draw_timesteps
 from pipelines.checkpoints import CheckpointError, State
@@ -122,7 +123,9 @@ class Learner:
             model = build_network(config.model)
         # convolutions want their channels innermost; the layout changes rounding, not results
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
+        self.ema = _average(self.model, config)
+        rels = config.ema.power_sigma_rels
+        self.power_ema = PowerEMA(self.model, rels) if rels else None
         adam = config.optimizer
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
@@ -163,6 +166,8 @@ class Learner:
             torch._foreach_mul_(self._gradients(), scale)
         self.optimizer.step()
         self.ema.update(self.model, step)
+        if self.power_ema:
+            self.power_ema.update(self.model, step)
         if self.loss_moments:
             self.loss_moments.update(drawn[0].long(), drawn[1])
         return StepResult(loss, grad_norm, rate)
@@ -243,6 +248,13 @@ class Learner:
         }
         if self.loss_moments:
             groups["loss_moments"] = dict(self.loss_moments.tensors)
+        if self.power_ema:
+            groups |= {
+                power_group(sigma_rel): dict(average.tensors)
+                for sigma_rel, average in zip(
+                    self.config.ema.power_sigma_rels, self.power_ema.averages, strict=True
+                )
+            }
         return State(step, groups)
 
     def load(self, state: State) -> None:
@@ -252,6 +264,11 @@ class Learner:
             self.ema.load(state.groups["ema"])
             if self.loss_moments:
                 self.loss_moments.load(state.groups["loss_moments"])
+            if self.power_ema:
+                for sigma_rel, average in zip(
+                    self.config.ema.power_sigma_rels, self.power_ema.averages, strict=True
+                ):
+                    average.load(state.groups[power_group(sigma_rel)])
             # copies, since Adam changes them in place
             moments: dict[Any, dict[str, Tensor]] = {
                 parameter: {
@@ -266,6 +283,18 @@ class Learner:
                 f"the checkpoint at step {state.step} holds another network than model describes"
             ) from None
         self.optimizer.state.update(moments)
+
+
+def power_group(sigma_rel: float) -> str:
+    """The name of a power-function average among a checkpoint's groups."""
+    return f"ema-{sigma_rel!r}"
+
+
+def _average(model: nn.Module, config: Config) -> EMA:
+    length = config.ema
+    if length.half_life_images is None:
+        return EMA(model, length.decay, length.warmup)
+    return EMA(model, HalfLife(length.half_life_images, config.train.batch_size, length.ramp_ratio))
 
 
 def _like(parameter: Tensor, moment: Tensor) -> Tensor:

@@ -109,7 +109,36 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
             "schedule.beta_strat=0.1",
             "my.yaml: schedule.beta_strat: no such setting; did you mean 'beta_start'?",
         ),
-        ("ema.x=1", "my.yaml: ema.x: no such setting; there are decay, warmup"),
+        (
+            "ema.x=1",
+            "my.yaml: ema.x: no such setting; there are decay, warmup, half_life_images, ramp_ratio, "
+            "power_sigma_rels",
+        ),
+        (
+            "ema.half_life_images=9",
+            "my.yaml: ema.decay: must be left out beside half_life_images, got 0.9",
+        ),
+        (
+            "ema={half_life_images: 9, warmup: false}",
+            "my.yaml: ema.warmup: must be left out beside half_life_images, got False",
+        ),
+        (
+            "ema.half_life_images=0",
+            "my.yaml: ema.half_life_images: input should be greater than 0, got 0",
+        ),
+        (
+            "ema.ramp_ratio=0.05",
+            "my.yaml: ema.ramp_ratio: must be null without half_life_images, got 0.05",
+        ),
+        (
+            "ema.power_sigma_rels=[0.05, 0.3]",
+            "my.yaml: ema.power_sigma_rels: must be different lengths between 1e-06 and 0.2887 (12**-0.5), got 0.3",
+        ),
+        (
+            "ema.power_sigma_rels=[0.05, 0.05]",
+            "my.yaml: ema.power_sigma_rels: must be different lengths between 1e-06 and 0.2887 (12**-0.5), "
+            "got 0.05",
+        ),
         (
             "train.steps=1.5",
             "my.yaml: train.steps: input should be a valid integer, got a number with a fractional part, got 1.5",
@@ -377,7 +406,8 @@ WHAT = [
     LEARNED, "model.num_classes=10", "model.conditioning=log_snr",
     "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
     "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
-    "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
+    "ema.warmup=false", "ema={half_life_images: 1000}", "ema={half_life_images: 1000, ramp_ratio: 0.05}",
+    "ema.power_sigma_rels=[0.05]", "train.batch_size=16", "train.micro_batches=2",
     "objective.prediction_type=v", "objective.loss=vlb", "objective.weighting=snr", "objective.min_snr_gamma=4",
     "objective.p2_gamma=2", "objective.p2_k=2", "objective.vlb_weight=0.01", "objective.variance_type=fixed_large",
     "objective.timestep_sampling=loss_second_moment", "objective.label_dropout=0.2",
@@ -448,7 +478,7 @@ def test_every_field_is_on_one_of_the_two_lists() -> None:
     """A new setting must be put into the identity, or be found not to belong there."""
     named = {override.split("=")[0] for override in (*WHERE_AND_HOW_LONG, *WHAT)}
     # of another kind the whole section is another one: DIT, below
-    named |= {"model.kind"}
+    named |= {"model.kind", "ema.half_life_images", "ema.ramp_ratio"}
     # of these only the part that a mass-generated set or a sweep is made with; they have identities of their own
     apart = ("sampler.", "sample.", "tune.", "prepare.", "bound.")
     missing = [
