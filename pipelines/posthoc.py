@@ -1,6 +1,7 @@
 """An average of a run's weights of any length, made after training.
 
-It is a weighted sum of the power-function averages in the run's checkpoints. The more checkpoints a run keeps (`train.keep_checkpoints`), the nearer it comes to the one tracked directly.
+It is a weighted sum of the power-function averages in the run's checkpoints. The more of them a run keeps
+(`train.keep_checkpoints`), the nearer it comes to the average tracked directly.
 """
 
 from __future__ import annotations
