@@ -8,7 +8,7 @@ the sum over all samples divided by the global batch, so the number of workers d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,7 +122,7 @@ class Learner:
             torch.manual_seed(rng.derive_seed(config.seed, "weights"))
             model = build_network(config.model)
         # convolutions want their channels innermost; the layout changes rounding, not results
-        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = model.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = _average(self.model, config)
         rels = config.ema.power_sigma_rels
         self.power_ema = PowerEMA(self.model, rels) if rels else None
@@ -135,6 +135,7 @@ class Learner:
             fused=True,
         )
         self._parameters = dict(self.model.named_parameters())
+        self._generator = _default_generator(device)
         by_loss = config.objective.timestep_sampling == "loss_second_moment"
         self.loss_moments = LossMoments(config.schedule.num_timesteps) if by_loss else None
 
@@ -145,12 +146,11 @@ class Learner:
         """
         config = self.config
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         # t and loss of every sample of the global batch at its place, for the loss moments
         drawn = torch.zeros(2, config.train.batch_size if self.loss_moments else 0, device=self.device)
-        for part in micro_batches:
-            loss_sum += self._backward(step, part, drawn)
+        for part, t, weights, noise in self._draws(micro_batches):
+            loss_sum += self._backward(step, part, t, weights, noise, drawn)
         loss, grad_norm, drawn = self._reduce(loss_sum, drawn, world)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(
@@ -172,16 +172,31 @@ class Learner:
             self.loss_moments.update(drawn[0].long(), drawn[1])
         return StepResult(loss, grad_norm, rate)
 
-    def _backward(self, step: int, part: Samples, drawn: Tensor) -> Tensor:
-        config = self.config
-        index = part.index.to(self.device)
-        x_start = part.x_start.to(self.device, non_blocking=True)
-        t, weights = draw_timesteps(self.schedule, config.seed, index), None
+    def _draws(self, parts: Sequence[Samples]) -> Iterator[tuple[Samples, Tensor, Tensor | None, Tensor]]:
+        """Each part with its t, the weights of the losses (None for 1) and ε.
+
+        Drawn for all parts at once, since a draw costs about the same for many samples as for few.
+        """
+        if not parts:
+            return
+        seed, index = self.config.seed, torch.cat([part.index for part in parts]).to(self.device)
+        sizes = [len(part.index) for part in parts]
+        weights: Sequence[Tensor | None] = [None] * len(parts)
         if self.loss_moments:
-            t, weights = self.loss_moments.draw(config.seed, index)
-        noise = rng.normal(config.seed, "noise", index, tuple(x_start.shape[1:]))
-        torch.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
-        network = as_eps_theta(self.model, self.schedule, self._labels(part, index))
+            t, weight = self.loss_moments.draw(seed, index)
+            weights = weight.split(sizes)
+        else:
+            t = draw_timesteps(self.schedule, seed, index)
+        noise = rng.normal(seed, "noise", index, tuple(parts[0].x_start.shape[1:]))
+        yield from zip(parts, t.split(sizes), weights, noise.split(sizes), strict=True)
+
+    def _backward(
+        self, step: int, part: Samples, t: Tensor, weights: Tensor | None, noise: Tensor, drawn: Tensor
+    ) -> Tensor:
+        config = self.config
+        x_start = part.x_start.to(self.device, non_blocking=True)
+        self._generator.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
+        network = as_eps_theta(self.model, self.schedule, self._labels(part))
         losses = training_loss(
             network, self.schedule, config.objective, x_start, t, noise, levels=self.levels
         )
@@ -192,12 +207,13 @@ class Learner:
         (losses.sum() / config.train.batch_size).backward()
         return losses.detach().double().sum()
 
-    def _labels(self, part: Samples, index: Tensor) -> Tensor | None:
+    def _labels(self, part: Samples) -> Tensor | None:
         """The classes as the network learns them, some of them left out so that it learns to do without."""
         config, num_classes = self.config, self.config.model.num_classes
         if num_classes is None:
             return None
         labels = network_labels(part.label.to(self.device), num_classes)
+        index = part.index.to(self.device)
         return drop_labels(labels, num_classes, config.objective.label_dropout, config.seed, index)
 
     def _reduce(self, loss_sum: Tensor, drawn: Tensor, world: World) -> tuple[float, float, Tensor]:
@@ -302,6 +318,14 @@ def _like(parameter: Tensor, moment: Tensor) -> Tensor:
     if moment.dim() == 0:
         return moment.to(parameter.device, copy=True)
     return torch.empty_like(parameter).copy_(moment)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout draws from on this device; torch.manual_seed would go through all of them."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.config import load_config
+from pipelines.config import Config, load_config
 from pipelines.training import Learner, SingleWorker
 from tests.bench.timing import Quartiles, in_turns
 
@@ -21,16 +21,15 @@ class _Part:
 
 def main() -> None:
     torch.set_num_threads(1)
-    ours, floor, ratio = loop_and_floor(rounds=20)
+    ours, floor, ratio = loop_and_floor(load_config("digits.yaml"), rounds=20)
     print(f"step:   {ours.text(1e3, 1)} ms; forward, backward, Adam and EMA alone {floor.text(1e3, 1)} ms")
     print(
         f"step:   {1 / ratio.median:.3f}× the floor's time (t, ε, x_t, loss and clipping are what is over 1)"
     )
 
 
-def loop_and_floor(rounds: int) -> tuple[Quartiles, Quartiles, Quartiles]:
+def loop_and_floor(config: Config, rounds: int) -> tuple[Quartiles, Quartiles, Quartiles]:
     """Seconds of a step of the training loop and of the bare step that it cannot do without, and their ratio."""
-    config = load_config("digits.yaml")
     size = config.train.batch_size // config.train.micro_batches
     shape = (size, config.model.in_channels, config.model.image_size, config.model.image_size)
     parts = [

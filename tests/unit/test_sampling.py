@@ -482,6 +482,21 @@ def test_a_damaged_record_is_made_again(place: Storage, ten: Recipe, key: str, d
     assert len(list(found.images())) == 10
 
 
+def test_killed_between_a_unit_made_again_and_the_record_of_the_set(place: Storage, ten: Recipe) -> None:
+    found = finished(place, ten)
+    hurt(place, found.unit(1).shard.key, "cut")
+    found.write_unit(ten, 1, pixels(1))
+    # the record still names the damaged one
+    survey = found.survey(ten)
+    assert (survey.whole, survey.finished) == ([0, 2], False)
+    for unit in pending_units(ten, survey.whole):
+        found.write_unit(ten, unit, pixels(unit))
+    found.finish(ten)
+    assert found.survey(ten) == Survey([0, 1, 2], [], finished=True)
+    assert len(list(found.images())) == 10
+    assert len(place.list("shard-")) == 6
+
+
 def test_a_unit_commit_that_is_lost_from_a_finished_set_is_made_again(place: Storage, ten: Recipe) -> None:
     found = finished(place, ten)
     place.delete(["units/unit-000001.json"])
