@@ -151,7 +151,10 @@ def export_pipeline(
             f"sampler.kind: {sampling.kind} can't be exported with a schedule that ends without signal (zero "
             f"terminal SNR), for which {scheduler_class} has no number; ancestral and ddim can"
         )
-    unet = _told("model", lambda: unet_to_diffusers(config))
+    try:
+        unet = unet_to_diffusers(config)
+    except ValueError as error:
+        raise UserError(f"model.{one_line(error)}") from None
     state = _told("weights", lambda: state_to_diffusers(config, tensors))
     index = {"scheduler": ["diffusers", scheduler_class], "unet": ["diffusers", CLASS_NAME]}
     try:

@@ -315,7 +315,7 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("message", "config", "sampling"),
     [
-        ("model: conditioning: ", replace(TINY, conditioning="log_snr"), Sampling()),
+        ("model.conditioning: ", replace(TINY, conditioning="log_snr"), Sampling()),
         ("variance: learned_range, but ", TINY, Sampling("ancestral", variance="learned_range")),
         ("variance: fixed_large, but ", replace(TINY, learned_variance=True), Sampling("ancestral")),
         ("model.learned_variance: ", replace(TINY, learned_variance=True), Sampling()),
