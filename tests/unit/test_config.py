@@ -16,10 +16,12 @@ from ddpm_core.dit import DiTConfig
 from ddpm_core.unet import UNetConfig
 from pipelines.config import Config, digest, load_config, parse_config
 from pipelines.errors import UserError
+from pipelines.plan import network_bytes
 from pipelines.telling import validated
 from tests.support.runs import TINY, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
 
 def problem(text: str, *overrides: str) -> str:
@@ -31,7 +33,7 @@ def problem(text: str, *overrides: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["digits.yaml", "cifar10.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_configurations_load_by_name_and_by_path(name: str) -> None:
     config = load_config(name)
     assert config == load_config(CONFIGS / name)
@@ -54,6 +56,18 @@ def test_cifar10_has_the_published_hyper_parameters() -> None:
     )
     assert isinstance(config.model, UNetConfig)
     assert (config.model.dropout, config.data.flip, config.optimizer.adam_betas) == (0.1, True, (0.9, 0.999))
+
+
+def test_what_improved_ddpm_changed() -> None:
+    config, before = load_config("cifar10-improved.yaml"), load_config("cifar10.yaml")
+    assert isinstance(config.model, UNetConfig)
+    assert (config.schedule.kind, config.schedule.num_timesteps) == ("cosine", 4000)
+    assert (config.objective.loss, config.objective.vlb_weight) == ("hybrid", 0.001)
+    assert (config.model.num_heads, config.model.num_res_blocks, config.model.dropout) == (4, 3, 0.3)
+    assert (config.data, config.prepare, config.train.batch_size) == (before.data, before.prepare, 128)
+    text = (CONFIGS / "cifar10-improved.yaml").read_text()
+    assert f"({network_bytes(config.model)[0]:,} parameters)" in text
+    assert SHIPPED == ["cifar10-improved.yaml", "cifar10.yaml", "digits.yaml"]
 
 
 def laptop_overrides() -> list[str]:
@@ -508,7 +522,7 @@ def test_numbers_that_are_equal_are_the_same_run() -> None:
     ).run_name("d")
 
 
-@pytest.mark.parametrize("name", ["digits.yaml", "cifar10.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_yaml_there_and_back(name: str) -> None:
     config = load_config(name)
     again = parse_config(config.to_yaml())
