@@ -20,10 +20,10 @@ from pipelines.images import encode_png, to_uint8
 from pipelines.sampling import Recipe, UnitMaker, load_model, make_images, recipe_of, sample_set
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import open_storage
-from pipelines.train import held_out_bound, open_run
+from pipelines.train import _evaluate, held_out_bound, open_run
 from pipelines.training import Learner, SingleWorker
 from tests.support.data import dataset_of, put_dataset, random_images
-from tests.support.runs import Batch, made_up_batches, tiny_config, together
+from tests.support.runs import Batch, Kept, made_up_batches, tiny_config, together
 
 CPU = torch.device("cpu")
 CLASSES = "model.num_classes=10"
@@ -98,6 +98,18 @@ def test_the_bound_is_that_of_each_image_in_its_own_class(tmp_path: Path) -> Non
     held_out_bound(run.dataset, config, model, SingleWorker(CPU), 3)
     # three held-out images of the classes 0, 1 and 2; the decoder's term and two strata
     assert [labels.tolist() for labels in told] == [[0, 1, 2]] * 3
+
+
+def test_a_preview_shows_the_classes_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset_of(tmp_path / "data", [20])
+    run = open_run(tiny_config(CLASSES, f"data.uri={tmp_path}/data"))
+    learner, tracker = Learner(run.config, CPU), Kept()
+    model = learner.averaged()
+    told = heard(model)
+    monkeypatch.setattr(learner, "averaged", lambda: model)
+    _evaluate(run, learner, SingleWorker(CPU), tracker, 1)
+    assert len(tracker.artifacts) == 1
+    assert told[-1].tolist() == [number % 10 for number in range(64)]
 
 
 def test_an_image_without_a_label_is_of_no_class(tmp_path: Path) -> None:
@@ -228,7 +240,7 @@ def test_the_index_and_the_shard_of_a_set_hold_each_images_class(
 
 
 def test_a_trajectory_is_that_of_the_image(checkpoint: Checkpoint, config: Config) -> None:
-    chosen = with_sample(config, labels=(4,), guidance_scale=3.0)
+    chosen = with_sample(config, labels=(4, 7), guidance_scale=3.0)
     model, schedule = load_model(checkpoint, CPU)
     frames = _frames(model, schedule, recipe_of(chosen, checkpoint, 256))
     image = to_uint8(images_of(checkpoint, chosen, [0])[0], 256).numpy()

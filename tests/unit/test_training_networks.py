@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +20,10 @@ from pipelines.errors import UserError
 from pipelines.plan import network_bytes, training_plan
 from pipelines.sampling import load_model, make_images, recipe_of
 from pipelines.storage import open_storage
-from pipelines.tracking import Row
 from pipelines.train import _evaluate, held_out_bound, open_run, train
 from pipelines.training import Learner, SingleWorker
 from tests.support.data import dataset_of
-from tests.support.runs import made_up_batches, tiny_config
+from tests.support.runs import Kept, made_up_batches, tiny_config
 
 CPU = torch.device("cpu")
 DIT = (
@@ -104,24 +102,6 @@ def test_it_is_trained_resumed_judged_and_sampled(
     )
     assert float(images.abs().max()) <= 1
     torch.testing.assert_close(images[1:], expected, rtol=0, atol=1e-4)
-
-
-class Kept:
-    """A tracker that keeps the pictures."""
-
-    run_id = None
-
-    def __init__(self) -> None:
-        self.artifacts: dict[str, bytes] = {}
-
-    def log(self, rows: Iterable[Row]) -> None:
-        pass
-
-    def artifact(self, path: str, data: bytes) -> None:
-        self.artifacts[path] = data
-
-    def finish(self, *, failed: bool) -> None:
-        pass
 
 
 @pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
