@@ -46,6 +46,7 @@ class Batch:
     stream: int
     index: Tensor
     x_start: Tensor
+    label: Tensor
 
 
 def made_up_batches(config: Config, step: int, streams: Sequence[int] | None = None) -> list[Batch]:
@@ -57,7 +58,7 @@ def made_up_batches(config: Config, step: int, streams: Sequence[int] | None = N
     for stream in range(num_streams) if streams is None else streams:
         index = (step * size + torch.arange(size)) * num_streams + stream
         x_start = rng.uniform(config.seed, "made-up image", index, shape) * 2 - 1
-        batches.append(Batch(stream, index, x_start))
+        batches.append(Batch(stream, index, x_start, index % 10))
     return batches
 
 
