@@ -24,6 +24,7 @@ from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
 from pipelines import config_checks
 from pipelines.errors import UserError, one_line
+from pipelines.precision import Precision
 from pipelines.telling import validated
 
 FORMAT_VERSION = 1
@@ -129,6 +130,8 @@ class TrainConfig(Section):
     checkpoint_every: Positive = 5000
     keep_checkpoints: Positive = 3
     """The newest ones that stay; the best one always stays."""
+    precision: Precision = "auto"
+    """What the network computes in: auto is bfloat16 on a GPU that has it and float32 elsewhere."""
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
@@ -266,6 +269,7 @@ class Config(Section):
             "batch_size": self.train.batch_size,
             "micro_batches": self.train.micro_batches,
             **({"objective": objective} if objective else {}),
+            **({} if self.train.precision == "auto" else {"precision": self.train.precision}),
         }
 
     def run_name(self, dataset_identity: str) -> str:

@@ -26,6 +26,7 @@ from pipelines.checkpoints import CheckpointError, State
 from pipelines.conditioning import network_labels
 from pipelines.config import Config, OptimizerConfig
 from pipelines.errors import UserError
+from pipelines.precision import Autocast
 
 
 class TrainingError(UserError):
@@ -136,6 +137,7 @@ class Learner:
         )
         self._parameters = dict(self.model.named_parameters())
         self._generator = _default_generator(device)
+        self._autocast = Autocast(config.train.precision, device)
         by_loss = config.objective.timestep_sampling == "loss_second_moment"
         self.loss_moments = LossMoments(config.schedule.num_timesteps) if by_loss else None
 
@@ -196,7 +198,12 @@ class Learner:
         config = self.config
         x_start = part.x_start.to(self.device, non_blocking=True)
         self._generator.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
-        network = as_eps_theta(self.model, self.schedule, self._labels(part))
+        exact = as_eps_theta(self.model, self.schedule, self._labels(part))
+
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            with self._autocast():
+                return exact(x_t, t)
+
         losses = training_loss(
             network, self.schedule, config.objective, x_start, t, noise, levels=self.levels
         )
