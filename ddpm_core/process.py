@@ -69,7 +69,9 @@ class LinearGaussianProcess:
         self.a, self.b = self.log_a.exp(), self.log_b.exp()
         # −expm1 keeps the digits of a small loss
         losses = -torch.expm1(self.log_snr - shifted(self.log_snr, math.inf))
-        self.snr_loss = losses if snr_loss is None else _own(snr_loss)
+        # a loss above 1 could only be rounding, and the first step's is 1: the data have no noise to lose to
+        self.snr_loss = (losses if snr_loss is None else _own(snr_loss)).clamp(max=1.0)
+        self.snr_loss[0] = 1.0
         totals = self.a.square() + self.b.square()
         self.total_variance = totals if total_variance is None else _own(total_variance)
 
@@ -140,6 +142,8 @@ class LinearGaussianProcess:
         process), averaged over the dimensions of x_start `[B, ...]`. float64 in, float64 out; float32 otherwise.
         """
         check_floating("x_start", x_start)
+        if x_start.dim() < 2:
+            raise ValueError(f"x_start: must have the shape [B, ...], got {list(x_start.shape)}")
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         mean_square = x_start.to(dtype).square().flatten(1).mean(1)
         last = float(torch.sigmoid(self.log_snr[-1]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import rng, steps
-from ddpm_core._checks import check_index, require
+from ddpm_core._checks import check_index, check_same_shape, require
 from ddpm_core._identity import config_identity
 from ddpm_core.chains import karras_timesteps
 from ddpm_core.predictions import PredictionType, x_start_tables
@@ -174,13 +174,12 @@ def trajectory(
     # the steps' coefficients are numbers on the CPU, so that no look-up waits for the device
     chain = (process if is_whole else process.at(timesteps)).to("cpu")
     has_variance = config.kind == "ancestral" or config.variance_type == "learned_range"
+    variance_type: VarianceType = config.variance_type if has_variance else "fixed_small"
+    if x_start_mse is not None and variance_type == "analytic":
+        check_same_shape("x_start_mse", x_start_mse, "the process's tables", process.log_a)
+        x_start_mse = x_start_mse[timesteps.to(x_start_mse.device)]
     reverse = ReverseProcess(
-        chain,
-        prediction_type,
-        config.variance_type if has_variance else "fixed_small",
-        config.clip,
-        None if x_start_mse is None else x_start_mse[timesteps.to(x_start_mse.device)],
-        config.threshold_quantile,
+        chain, prediction_type, variance_type, config.clip, x_start_mse, config.threshold_quantile
     )
     rule = step_tables(reverse, config).steps()
     x_start_rule = [table.tolist() for table in x_start_tables(chain, prediction_type)]
@@ -197,7 +196,10 @@ def trajectory(
         output = eps_theta(x_t, everywhere(int(timesteps[position])))
         prediction, _ = reverse.split(output, x_t)
         on_x_t, on_output = (table[position] for table in x_start_rule)
-        return output, reverse.limit(on_x_t * x_t + on_output * prediction.to(x_t.dtype))
+        # wide, as in `convert_prediction`: the two parts nearly cancel where the signal is small
+        wide = x_t if x_t.dtype == torch.float64 else x_t.float()
+        pred_x_start = reverse.limit(on_x_t * wide + on_output * prediction.to(wide.dtype))
+        return output, pred_x_start.to(x_t.dtype)
 
     def leave(
         position: int, x_t: Tensor, output: Tensor, pred_x_start: Tensor, before: Tensor | None

@@ -116,6 +116,8 @@ def table(report: dict[str, Any]) -> str:
         f"bits/dim   {bound['total']:.4f} ± {stderr:.4f} on {bound['num_images']} held-out images = "
         f"reconstruction {bound['reconstruction']:.4f} + consistency {bound['consistency']:.4f} + "
         f"prior {bound['prior']:.2g}",
+        "(the bound of ancestral sampling over all timesteps with bound.variance_type, whichever sampler made "
+        "the images)",
     ]
     return "\n".join(lines)
 

@@ -168,6 +168,8 @@ class SampleConfig(Section):
     """Of a model with classes: image i is of class labels[i mod length]; with none given of i mod num_classes."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 asks for the class, 0 for none, above 1 exaggerates it."""
+    compile: bool = False
+    """Compile the network first, which pays for many images; its rounding makes it another set."""
 
     @model_validator(mode="after")
     def _whole_batches(self) -> SampleConfig:

@@ -24,6 +24,7 @@ from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from ddpm_core.types import EpsTheta
 from pipelines.checkpoints import Checkpoint, open_checkpoint
+from pipelines.compiled import compile_frozen
 from pipelines.conditioning import conditioned, fitted
 from pipelines.config import Config, SampleConfig, digest
 from pipelines.errors import UserError
@@ -103,17 +104,22 @@ class Recipe:
         conditional = (
             {"labels": list(labels), "guidance_scale": self.settings.guidance_scale} if labels else {}
         )
-        return conditional | {
-            "format_version": FORMAT_VERSION,
-            "checkpoint": self.checkpoint_identity,
-            "sampler": self.sampler.identity(),
-            "seed": self.settings.seed,
-            "count": self.settings.count,
-            "unit_size": self.settings.unit_size,
-            "batch_size": self.settings.batch_size,
-            "shape": list(self.shape),
-            "levels": self.levels,
-        }
+        compiled = {"compile": True} if self.settings.compile else {}
+        return (
+            conditional
+            | compiled
+            | {
+                "format_version": FORMAT_VERSION,
+                "checkpoint": self.checkpoint_identity,
+                "sampler": self.sampler.identity(),
+                "seed": self.settings.seed,
+                "count": self.settings.count,
+                "unit_size": self.settings.unit_size,
+                "batch_size": self.settings.batch_size,
+                "shape": list(self.shape),
+                "levels": self.levels,
+            }
+        )
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -411,6 +417,15 @@ class UnitMaker:
         if checkpoint.identity != recipe.checkpoint_identity:
             raise UserError(f"{recipe.checkpoint}: was replaced by another checkpoint meanwhile")
         self._model, self._schedule = load_model(checkpoint, self._device)
+        if recipe.settings.compile:
+            self._compile()
+
+    def _compile(self) -> None:
+        batch = list(range(self._recipe.settings.batch_size))
+        ask = self._recipe.asked(self._model, self._schedule, batch, self._device)
+        x = torch.zeros(len(batch), *self._recipe.shape, device=self._device)
+        t = torch.zeros(len(batch), dtype=torch.int64, device=self._device)
+        compile_frozen(self._model, lambda: ask(x, t))
 
     def make(self, unit: int) -> int:
         """Make and commit a unit; returns how many images it holds."""

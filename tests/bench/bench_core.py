@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ddpm_core import EMA, SamplerConfig, Schedule, ScheduleConfig, UNet, UNetConfig, sample
 from ddpm_core.diffusers_weights import state_to_diffusers, unet_to_diffusers
+from pipelines.compiled import compile_frozen
 from pipelines.config import load_config
 from tests.bench.bench_step import loop_and_floor
 from tests.bench.timing import Quartiles, in_turns
@@ -142,24 +143,23 @@ def sampling(case: Case, device: torch.device) -> None:
         f"  uncompiled {taken.text(1e3, 0)} ms; 50 bare forwards {bare.text(1e3, 0)} ms: "
         f"{1 / ratio.median:.3f}× ({1 / ratio.high:.3f}–{1 / ratio.low:.3f})"
     )
-    frozen = freeze(net, x, t)
+    frozen = frozen_copy(net, x, t)
     error = float((ours(frozen) - ours(net)).abs().max())
     assert error < 1e-3, f"the compiled network's images differ by {error}"
-    _row("DDIMPipeline, ours compiled and frozen", lambda: ours(frozen), theirs, case.rounds)
+    _row("DDIMPipeline as it comes, ours compiled", lambda: ours(frozen), theirs, case.rounds)
+    peer.to(memory_format=torch.channels_last)
+    compile_frozen(peer, lambda: peer(x, t))
+    _row("DDIMPipeline with its network compiled too", lambda: ours(frozen), theirs, case.rounds)
     print(f"  images with the compiled network within {error:.1e} of those without")
 
 
-def freeze(net: nn.Module, x: Tensor, t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network compiled for inference with its weights as constants."""
-    from torch._inductor import config
-
-    config.freezing = True
-    compiled = torch.compile(net)
-    with torch.inference_mode():
-        start = time.perf_counter()
-        compiled(x, t)
-        print(f"  compiled in {time.perf_counter() - start:.0f} s")
-    return compiled
+def frozen_copy(net: nn.Module, x: Tensor, t: Tensor) -> nn.Module:
+    """The network as `sample.compile` has it."""
+    frozen = copy.deepcopy(net)
+    start = time.perf_counter()
+    compile_frozen(frozen, lambda: frozen(x, t))
+    print(f"  compiled in {time.perf_counter() - start:.0f} s")
+    return frozen
 
 
 def _network(config: UNetConfig) -> UNet:

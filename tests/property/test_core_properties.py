@@ -168,6 +168,15 @@ def test_random_numbers_ignore_the_batch(seed, purpose, keys, draw, size, random
     assert bool(values.isfinite().all())
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1e-12, 0.999))
+def test_the_first_step_loses_all_of_what_the_data_have(beta: float) -> None:
+    """β_0/(1 − ᾱ_0) is 1, and not the next number above it, whose complement has no root."""
+    schedule = Schedule.from_betas(torch.tensor([beta, 0.5], dtype=torch.float64))
+    assert float(schedule.snr_loss[0]) == 1.0
+    assert bool((schedule.snr_loss <= 1).all())
+
+
 @settings(max_examples=15, deadline=None)
 @given(schedules(max_timesteps=12), st.integers(1, 15), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_bound_ignores_the_division_of_images(schedule, num_strata, num_workers, random) -> None:

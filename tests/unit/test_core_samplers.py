@@ -332,6 +332,42 @@ def test_config_errors_name_the_field(field: str, value: object) -> None:
         SamplerConfig(**{field: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["ddim", "ancestral", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "heun"])
+@pytest.mark.parametrize("num_timesteps", [1000, 4000])
+def test_low_precision_survives_the_cosine_schedule(kind, num_timesteps: int) -> None:
+    """1/a is 20,000 at its last step, more than float16 can multiply by."""
+    schedule = Schedule.from_config(ScheduleConfig(kind="cosine", num_timesteps=num_timesteps))
+    config = SamplerConfig(kind=kind, num_steps=20)
+    shape = (1, 8, 8)
+    exact = sample(DATA.eps_theta(schedule), schedule, config, seed=0, index=torch.arange(8), shape=shape)
+    for dtype, within in ((torch.float16, 0.1), (torch.bfloat16, 0.5)):
+        got = sample(
+            DATA.eps_theta(schedule),
+            schedule,
+            config,
+            seed=0,
+            index=torch.arange(8),
+            shape=shape,
+            dtype=dtype,
+        )
+        assert float((got.float() - exact).square().mean().sqrt()) < within, dtype
+
+
+@pytest.mark.parametrize("length", [10, 2000])
+def test_errors_of_another_schedule_are_refused(length: int) -> None:
+    config = SamplerConfig(kind="ancestral", num_steps=5, variance_type="analytic")
+    with pytest.raises(ValueError, match=r"^x_start_mse: "):
+        sample(
+            _some_network,
+            LINEAR,
+            config,
+            seed=0,
+            index=torch.arange(2),
+            shape=SHAPE,
+            x_start_mse=torch.full((length,), 0.1, dtype=torch.float64),
+        )
+
+
 def test_config_in_pydantic_refuses_unknown_keys() -> None:
     adapter = pydantic.TypeAdapter(SamplerConfig)
     assert adapter.validate_python({"num_steps": None}).num_steps is None
