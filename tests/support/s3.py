@@ -1,4 +1,4 @@
-"""S3 servers for tests: moto's as a process of its own, and one that fails as it is told to."""
+"""S3 servers for tests: moto's as a process of its own, Ceph's, and one that fails as it is told to."""
 
 from __future__ import annotations
 
@@ -15,9 +15,39 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
 import pytest
 
+from tests.support.ceph import ceph_server
+
 BUCKET = "tests"
+
+# The same tests run against each: moto, an emulator, in make test; Ceph's gateway in make test-s3.
+SERVERS = ["moto", pytest.param("ceph", marks=pytest.mark.s3)]
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server with one bucket, `BUCKET`, and the keys of its user."""
+
+    endpoint: str
+    access_key: str = "test"
+    secret_key: str = "test"
+
+
+@contextmanager
+def running(name: str, folder: Path) -> Iterator[S3Server]:
+    """The server of this name out of `SERVERS`, until the end of the block."""
+    if name == "moto":
+        with moto_server(folder / "log") as endpoint:
+            yield S3Server(endpoint)
+    else:
+        with ceph_server(folder) as ceph:
+            server = S3Server(ceph.endpoint, ceph.access_key, ceph.secret_key)
+            with pytest.MonkeyPatch.context() as patch:
+                use_server(patch, server)
+                boto3.client("s3").create_bucket(Bucket=BUCKET)
+            yield server
 
 
 def free_port() -> int:
@@ -57,6 +87,13 @@ def _make_bucket(port: int) -> bool:
         connection.close()
 
 
+def use_server(patch: pytest.MonkeyPatch, server: S3Server, endpoint: str | None = None) -> None:
+    """Lead boto3 to this server as its user, by another address where one is given."""
+    use_endpoint(patch, endpoint or server.endpoint)
+    patch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
+    patch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
+
+
 def use_endpoint(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     """Lead boto3 to this endpoint, and to nobody's real credentials."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -76,12 +113,15 @@ class HostileS3:
     """Objects by path, and a script of what goes wrong: called with (method, path, number of the request).
 
     It returns "" (nothing), a status ("503"), "short" (half of the body, then the line is cut), "drop" (the line is
-    cut before anything is done) or "lost" (it is done, and the line is cut before the answer).
+    cut before anything is done) or "lost" (it is done, and the line is cut before the answer). A status of 3xx
+    leads to `elsewhere`.
     """
 
     script: Callable[[str, str, int], str] = lambda method, path, number: ""
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    elsewhere: str = ""
+    writers: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def running(self) -> Iterator[str]:
@@ -98,7 +138,15 @@ class HostileS3:
             thread.join()
 
 
-_CODES = {"503": "SlowDown", "500": "InternalError", "409": "ConditionalRequestConflict"}
+_CODES = {
+    "301": "PermanentRedirect",
+    "307": "TemporaryRedirect",
+    "403": "AccessDenied",
+    "409": "ConditionalRequestConflict",
+    "500": "InternalError",
+    "503": "SlowDown",
+}
+_WRITER = "x-amz-meta-ddpm-writer"
 
 
 def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
@@ -114,7 +162,13 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("ETag", '"0"')
+            if 300 <= status < 400:
+                self.send_header("Location", s3.elsewhere + self.path)
+            if self.path in s3.writers:
+                self.send_header(_WRITER, s3.writers[self.path])
             self.end_headers()
+            if self.command == "HEAD":
+                return
             self.wfile.write(body[:send])
             if send is not None:
                 self.cut()
@@ -143,6 +197,8 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
             else:
                 self.answer(200, body, send=len(body) // 2 if what == "short" else None)
 
+        do_HEAD = do_GET
+
         def do_PUT(self) -> None:
             # Expect: 100-continue is answered by the base class
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -153,6 +209,7 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
                 self.answer(412, code="PreconditionFailed")
                 return
             s3.objects[self.path] = body
+            s3.writers[self.path] = self.headers.get(_WRITER, "")
             if what == "lost":
                 self.cut()
             else:
