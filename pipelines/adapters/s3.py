@@ -38,8 +38,8 @@ Result = TypeVar("Result")
 CONNECT_TIMEOUT_S = 5
 # without a byte; a body that comes slowly is no stall
 READ_TIMEOUT_S = 30
-# Up to this size an object is compared with its ETag. Larger ones are shards and weights, which their reader
-# compares with a SHA-256; hashing them twice would cost a good part of the reading.
+# Up to this size an object that is read is compared with its ETag. Larger ones are shards and weights, which
+# their reader compares with a SHA-256; hashing them twice would cost a good part of the reading.
 ETAG_CHECK_MAX_BYTES = 2**20
 
 _MISSING = {"NoSuchKey", "404", "NotFound"}
@@ -75,9 +75,23 @@ def _client(pid: int, endpoint: str | None) -> Any:
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        client = boto3.session.Session().client("s3", config=config)
     except ValueError as error:
         raise UserError(f"AWS_ENDPOINT_URL: {one_line(error)}") from None
+    if endpoint is not None:
+        # before boto3's own, which is made for AWS's regions and asks without end where none is named
+        client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+    return client
+
+
+class _Redirected(Exception):
+    """The server leads to the host that the message names."""
+
+
+def _refuse_redirect(response: Any = None, **_: Any) -> None:
+    if response is not None and 300 <= response[0].status_code < 400:
+        aim = response[0].headers.get("location") or "elsewhere"
+        raise _Redirected(urlsplit(aim).netloc.rpartition("@")[2] or aim)
 
 
 class S3Storage:
@@ -113,6 +127,11 @@ class S3Storage:
             return call(_client(os.getpid(), endpoint))
         except ClientError as error:
             raise self._refusal(what, where, error) from None
+        except _Redirected as aim:
+            raise StorageError(
+                f"{what}: {where} redirects to {aim}, which gets no credentials; set AWS_ENDPOINT_URL or "
+                "AWS_DEFAULT_REGION to where the bucket is"
+            ) from None
         except NoCredentialsError:
             raise StorageError(
                 f"{what}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
@@ -144,13 +163,6 @@ class S3Storage:
             return ObjectMissing(what)
         if code == "NoSuchBucket":
             return StorageError(f"{what}: {where} has no bucket {self._bucket!r}; make it first")
-        if 300 <= status < 400:
-            aim = answer.get("HTTPHeaders", {}).get("location") or problem.get("Endpoint") or "elsewhere"
-            host = urlsplit(aim).netloc.rpartition("@")[2] or aim
-            return StorageError(
-                f"{what}: {where} redirects to {host}, which gets no credentials; set AWS_ENDPOINT_URL or "
-                "AWS_DEFAULT_REGION to where the bucket is"
-            )
         if code in _BAD_CREDENTIALS:
             return StorageError(
                 f"{what}: {where} refused the credentials ({code}); check AWS_ACCESS_KEY_ID, "
@@ -172,7 +184,8 @@ class S3Storage:
             response = s3.get_object(Bucket=self._bucket, Key=self._key(key))
             data = _body(response, response["ContentLength"])
             # the same bytes a second time: then this server's ETag is no MD5
-            if _contradicts_etag(response, data) and data not in doubted:
+            small = len(data) <= ETAG_CHECK_MAX_BYTES
+            if small and _contradicts_etag(response, data) and data not in doubted:
                 doubted.append(data)
                 raise TryAgain("was altered on its way: its bytes are not those of its ETag")
             return data
@@ -204,28 +217,38 @@ class S3Storage:
         return self._call(uri, attempt)
 
     def put(self, key: str, data: bytes) -> None:
+        place = {"Bucket": self._bucket, "Key": self._key(key)}
         self._call(
             f"{self.uri}/{key}",
-            lambda s3: s3.put_object(Bucket=self._bucket, Key=self._key(key), Body=data),
+            lambda s3: _check_stored(s3, place, data, s3.put_object(**place, Body=data)),
         )
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        place = {"Bucket": self._bucket, "Key": self._key(key)}
         # the answer to a request that succeeded may get lost: its mark tells our object from another's
         mark = uuid.uuid4().hex
         tries = 0
+        condition = {"IfNoneMatch": "*"}
 
         def attempt(s3: Any) -> bool:
             nonlocal tries
             tries += 1
-            place = {"Bucket": self._bucket, "Key": self._key(key)}
             try:
-                s3.put_object(**place, Body=data, IfNoneMatch="*", Metadata={_WRITER: mark})
+                answer = s3.put_object(**place, **condition, Body=data, Metadata={_WRITER: mark})
             except ClientError as error:
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-                if status == 412:
-                    return tries > 1 and s3.head_object(**place).get("Metadata", {}).get(_WRITER) == mark
                 if status == 409:
                     raise TryAgain("other writers kept racing for it; try again") from None
+                if status != 412:
+                    raise
+                answer = s3.head_object(**place) if tries > 1 else {}
+                if answer.get("Metadata", {}).get(_WRITER) != mark:
+                    return False
+            try:
+                _check_stored(s3, place, data, answer)
+            except TryAgain:
+                # ours stands, but not as it is: no other writer may win any more, so it can be replaced
+                condition.clear()
                 raise
             return True
 
@@ -287,11 +310,19 @@ def _body(response: Any, expected: int) -> bytes:
     return data
 
 
+def _check_stored(s3: Any, place: dict[str, str], data: bytes, answer: Any) -> None:
+    """`TryAgain` unless the object there is `data`: by the ETag in `answer`, or by reading it where that differs."""
+    if _contradicts_etag(answer, data):
+        response = s3.get_object(**place)
+        if _body(response, response["ContentLength"]) != data:
+            raise TryAgain("was altered on its way to the server")
+
+
 def _contradicts_etag(response: Any, data: bytes) -> bool:
     """Whether the ETag has the form of the MD5 that it is for an object written by one plain PUT, and is not it."""
     etag = response.get("ETag", "").strip('"').lower()
     keyed = "SSECustomerAlgorithm" in response or response.get("ServerSideEncryption", "AES256") != "AES256"
-    if keyed or len(data) > ETAG_CHECK_MAX_BYTES or not re.fullmatch("[0-9a-f]{32}", etag):
+    if keyed or not re.fullmatch("[0-9a-f]{32}", etag):
         return False
     return hashlib.md5(data, usedforsecurity=False).hexdigest() != etag
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -114,24 +116,29 @@ class HostileS3:
 
     It returns "" (nothing), a status ("503"), "short" (half of the body, then the line is cut), "drop" (the line is
     cut before anything is done) or "lost" (it is done, and the line is cut before the answer). A status of 3xx
-    leads to `elsewhere`.
+    leads to `elsewhere`. It answers a request for a range with the whole, unless it knows `ranges`.
     """
 
     script: Callable[[str, str, int], str] = lambda method, path, number: ""
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    connections: set[object] = field(default_factory=set)
     elsewhere: str = ""
+    ranges: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def running(self) -> Iterator[str]:
+    def running(self, tls: ssl.SSLContext | None = None) -> Iterator[str]:
         """The server's address."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             server.server_close()
@@ -140,7 +147,9 @@ class HostileS3:
 
 _CODES = {
     "301": "PermanentRedirect",
+    "302": "Found",
     "307": "TemporaryRedirect",
+    "308": "PermanentRedirect",
     "403": "AccessDenied",
     "409": "ConditionalRequestConflict",
     "500": "InternalError",
@@ -156,7 +165,15 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-        def answer(self, status: int, body: bytes = b"", *, send: int | None = None, code: str = "") -> None:
+        def answer(
+            self,
+            status: int,
+            body: bytes = b"",
+            *,
+            send: int | None = None,
+            code: str = "",
+            more: dict[str, str] | None = None,
+        ) -> None:
             if code:
                 body = f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()
             self.send_response(status)
@@ -164,6 +181,8 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
             self.send_header("ETag", '"0"')
             if 300 <= status < 400:
                 self.send_header("Location", s3.elsewhere + self.path)
+            for name, value in {**s3.headers, **(more or {})}.items():
+                self.send_header(name, value)
             if self.path in s3.writers:
                 self.send_header(_WRITER, s3.writers[self.path])
             self.end_headers()
@@ -180,6 +199,7 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
 
         def trouble(self) -> str:
             s3.requests.append(f"{self.command} {self.path}")
+            s3.connections.add(self.client_address)
             what = s3.script(self.command, self.path, len(s3.requests))
             if what == "drop":
                 self.cut()
@@ -191,11 +211,18 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
             what = self.trouble()
             if what == "drop" or what.isdecimal():
                 return
-            body = s3.objects.get(self.path)
-            if body is None:
+            whole = s3.objects.get(self.path)
+            span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if s3.ranges else None
+            if whole is None:
                 self.answer(404, code="NoSuchKey")
+            elif span is None:
+                self.answer(200, whole, send=len(whole) // 2 if what == "short" else None)
+            elif int(span[1]) >= len(whole):
+                self.answer(416, code="InvalidRange", more={"Content-Range": f"bytes */{len(whole)}"})
             else:
-                self.answer(200, body, send=len(body) // 2 if what == "short" else None)
+                first, body = int(span[1]), whole[int(span[1]) : int(span[2]) + 1]
+                given = {"Content-Range": f"bytes {first}-{first + len(body) - 1}/{len(whole)}"}
+                self.answer(206, body, send=len(body) // 2 if what == "short" else None, more=given)
 
         do_HEAD = do_GET
 
