@@ -158,7 +158,7 @@ class S3Storage:
         problem = error.response.get("Error", {})
         answer = error.response.get("ResponseMetadata", {})
         code, status = problem.get("Code", ""), answer.get("HTTPStatusCode", 0)
-        said = one_line(UserError(f"{code}: {problem.get('Message', '')}"))
+        said = one_line(UserError(": ".join(filter(None, [code, problem.get("Message")]))))
         if code in _MISSING:
             return ObjectMissing(what)
         if code == "NoSuchBucket":
@@ -311,7 +311,7 @@ def _body(response: Any, expected: int) -> bytes:
 
 
 def _check_stored(s3: Any, place: dict[str, str], data: bytes, answer: Any) -> None:
-    """`TryAgain` unless the object there is `data`: by the ETag in `answer`, or by reading it where that differs."""
+    """`TryAgain` unless the object there is `data`: by the ETag in `answer`, or if that differs by reading it."""
     if _contradicts_etag(answer, data):
         response = s3.get_object(**place)
         if _body(response, response["ContentLength"]) != data:

@@ -9,7 +9,6 @@ import sys
 import threading
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 import torch
@@ -22,7 +21,7 @@ from pipelines.prepare import prepare
 from pipelines.reader import StreamBatches, read_split
 from pipelines.storage import StorageError, open_storage
 from tests.support.data import random_images, write_image
-from tests.support.s3 import S3Server
+from tests.support.s3 import S3Server, client
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def bucket(s3_server: S3Server, request: pytest.FixtureRequest) -> str:
     """An empty bucket of the test's own, and an environment that leads to it."""
     name = re.sub("[^a-z0-9]+", "-", request.node.name.lower())[:50].strip("-")
-    boto3.client("s3").create_bucket(Bucket=name)
+    client().create_bucket(Bucket=name)
     return name
 
 

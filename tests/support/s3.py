@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -48,7 +49,7 @@ def running(name: str, folder: Path) -> Iterator[S3Server]:
             server = S3Server(ceph.endpoint, ceph.access_key, ceph.secret_key)
             with pytest.MonkeyPatch.context() as patch:
                 use_server(patch, server)
-                boto3.client("s3").create_bucket(Bucket=BUCKET)
+                client().create_bucket(Bucket=BUCKET)
             yield server
 
 
@@ -87,6 +88,11 @@ def _make_bucket(port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+def client() -> Any:
+    """A client of boto3 as the environment is now; its default session keeps the credentials that it saw first."""
+    return boto3.session.Session().client("s3")
 
 
 def use_server(patch: pytest.MonkeyPatch, server: S3Server, endpoint: str | None = None) -> None:
