@@ -87,6 +87,23 @@ def test_a_range_that_the_server_ignores_is_not_taken_for_the_range(monkeypatch:
         assert "could not be read whole" in one_line(lambda: storage.get_range("x", 10, 20))
 
 
+@pytest.mark.parametrize("wrong", ["shift", "clip"])
+@pytest.mark.parametrize("kind", ["s3", "http"])
+def test_another_part_than_was_asked_for_is_not_taken(
+    kind: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Opened(monkeypatch, lambda method, path, n: "") as (server, storage):
+        if kind == "http":
+            storage = open_storage(f"{os.environ['AWS_ENDPOINT_URL']}/bucket/p")
+        server.objects["/bucket/p/x"] = BODY
+        server.ranges = True
+        assert storage.get_range("x", 10, 20) == BODY[10:30]
+        setattr(server, wrong, 1)
+        message = one_line(lambda: storage.get_range("x", 10, 20))
+        assert message.startswith(f"{storage.uri}/x: could not be read whole: ")
+        assert ("another part" if wrong == "shift" else "19 of 20 bytes came") in message
+
+
 @pytest.mark.parametrize("trouble", ["503", "drop"])
 def test_a_write_that_goes_wrong_at_first_is_repeated(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Opened(monkeypatch, lambda method, path, n: trouble if n <= 2 else "") as (server, storage):

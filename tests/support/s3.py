@@ -122,7 +122,8 @@ class HostileS3:
 
     It returns "" (nothing), a status ("503"), "short" (half of the body, then the line is cut), "drop" (the line is
     cut before anything is done) or "lost" (it is done, and the line is cut before the answer). A status of 3xx
-    leads to `elsewhere`. It answers a request for a range with the whole, unless it knows `ranges`.
+    leads to `elsewhere`. It answers a request for a range with the whole, unless it knows `ranges`; then the part
+    begins `shift` bytes late, and says so, and has `clip` bytes fewer than it says.
     """
 
     script: Callable[[str, str, int], str] = lambda method, path, number: ""
@@ -131,6 +132,8 @@ class HostileS3:
     connections: set[object] = field(default_factory=set)
     elsewhere: str = ""
     ranges: bool = False
+    shift: int = 0
+    clip: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
 
@@ -226,8 +229,9 @@ def _handler(s3: HostileS3) -> type[BaseHTTPRequestHandler]:
             elif int(span[1]) >= len(whole):
                 self.answer(416, code="InvalidRange", more={"Content-Range": f"bytes */{len(whole)}"})
             else:
-                first, body = int(span[1]), whole[int(span[1]) : int(span[2]) + 1]
-                given = {"Content-Range": f"bytes {first}-{first + len(body) - 1}/{len(whole)}"}
+                first, last = int(span[1]) + s3.shift, min(int(span[2]) + s3.shift, len(whole) - 1)
+                given = {"Content-Range": f"bytes {first}-{last}/{len(whole)}"}
+                body = whole[first : last + 1 - s3.clip]
                 self.answer(206, body, send=len(body) // 2 if what == "short" else None, more=given)
 
         do_HEAD = do_GET
