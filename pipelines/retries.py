@@ -22,12 +22,13 @@ class Budget:
     """What one operation may cost: `tries` attempts in all, and no new one later than `seconds` after the first.
 
     The pause before attempt n + 1 is drawn from the upper half of `first_pause_s`·2ⁿ⁻¹, which is cut at
-    `longest_pause_s`: many readers that a server turned away together don't come back together.
+    `longest_pause_s`: many readers that a server turned away together don't come back together. At these defaults
+    the pauses add up to 11..23 s, in which a server can be started again.
     """
 
-    tries: int = 8
+    tries: int = 10
     seconds: float = 120.0
-    first_pause_s: float = 0.1
+    first_pause_s: float = 0.05
     longest_pause_s: float = 10.0
 
     def pause(self, tried: int, elapsed_s: float, draw: float) -> float | None:

@@ -20,7 +20,7 @@ THREADS = 16
 NUM_OBJECTS = 64
 # moto takes several times as long for a request
 READS = {"moto": 1200, "ceph": 20_000}
-ROUNDS = 4
+ROUNDS = 20
 
 
 def test_no_wrong_byte_is_taken(
