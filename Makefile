@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench bench-core test-k8s clean
+.PHONY: help install demo test lint format bench bench-core test-s3 test-k8s clean
 
 help:
 	@echo "make demo      the whole way on handwritten digits, on this machine alone"
@@ -13,6 +13,7 @@ help:
 	@echo "make format    rewrite the sources as the linter wants them"
 	@echo "make bench     speed, as ratios to a named peer or limit"
 	@echo "make bench-core  ddpm_core against diffusers: training steps, sampling, share of the peak"
+	@echo "make test-s3   the S3 tests against Ceph's gateway (radosgw ceph-mon ceph-osd ceph-mgr)"
 	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
 	@echo "make clean     stop the local stack and remove what was made here"
 
@@ -27,7 +28,7 @@ demo: install
 	@$(BIN)/ddpm demo
 
 test: lint
-	@$(BIN)/python -m pytest -m "not k8s"
+	@$(BIN)/python -m pytest -m "not k8s and not s3"
 
 lint: install
 	@$(BIN)/ruff check
@@ -43,6 +44,9 @@ bench: install
 
 bench-core: install
 	@$(BIN)/python -m tests.bench.bench_core
+
+test-s3: install
+	@$(BIN)/python -m pytest -m s3
 
 test-k8s: install
 	@$(BIN)/python -m pytest -m k8s

@@ -1,6 +1,6 @@
-"""Objects under a prefix, on S3 or on a disk, behind one small interface.
+"""Objects under a prefix, on S3, on a disk, or (to be read) on the web, behind one small interface.
 
-What the rest of the project relies on, and what both kinds give:
+What the rest of the project relies on, and what the kinds that can be written to give:
 
 - `put` is atomic: a reader sees the whole object or none of it.
 - `put_if_absent` has exactly one winner.  It is how commit records are written.
@@ -73,8 +73,9 @@ class Storage(Protocol):
 
 
 def open_storage(uri: str) -> Storage:
-    """The storage at `s3://bucket/prefix`, `file:///folder`, or a plain folder path.
+    """The storage at `s3://bucket/prefix`, `file:///folder`, a plain folder path, or `https://host/prefix`.
 
+    The last one (and `http://`) can be read by key, and refuses to list or write.
     Raises `UserError` on another scheme or a missing bucket name.  Nothing is contacted or created yet.
     """
     parts = urlsplit(uri)
@@ -91,9 +92,14 @@ def open_storage(uri: str) -> Storage:
         if parts.netloc not in ("", "localhost"):
             raise UserError(f"{uri}: a file address is file:///FOLDER, and this one names a host")
         return FileStorage(Path(unquote(parts.path)))
+    if parts.scheme in ("https", "http"):
+        from pipelines.adapters.https import HttpStorage
+
+        return HttpStorage(uri)
     if parts.scheme and "://" in uri:
         raise UserError(
-            f"{uri}: storage is s3://BUCKET/PREFIX, file:///FOLDER or a folder, not {parts.scheme}://"
+            f"{uri}: storage is s3://BUCKET/PREFIX, file:///FOLDER or a folder (or https://HOST/PREFIX, to read "
+            f"from), not {parts.scheme}://"
         )
     if not uri:
         raise UserError("an empty storage address: give s3://BUCKET/PREFIX, file:///FOLDER or a folder")
@@ -113,6 +119,13 @@ def checked_key(key: str) -> str:
         raise UserError(
             f"{key!r} is no object key: it may not be empty, absolute, or contain '.' or '..' as a part"
         )
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        key = key.encode(errors="replace").decode()
+        raise UserError(f"{key!r} is no object key: it is not Unicode") from None
+    if "\0" in key:
+        raise UserError(f"{key!r} is no object key: it may not contain a zero byte")
     return key
 
 
@@ -202,7 +215,10 @@ class FileStorage:
         return aside
 
     def exists(self, key: str) -> bool:
-        return self._path(key).is_file()
+        try:
+            return self._path(key).is_file()
+        except OSError as error:
+            raise self._error(key, error) from None
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         # a prefix need not end at a folder, but all that starts with it lies below its last whole folder

@@ -7,8 +7,10 @@ an instance's role), as boto3 reads it.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
-import time
+import re
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,46 +20,78 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    EndpointConnectionError,
+    ConnectionError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     ReadTimeoutError,
-    ResponseStreamingError,
+    SSLError,
 )
+from botocore.parsers import ResponseParserError
 
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError, one_line, without_password
+from pipelines.retries import TryAgain, insist
 from pipelines.storage import ObjectInfo, ObjectMissing, StorageError, checked_key
 
 Result = TypeVar("Result")
 
-# botocore retries a request, but not the reading of a body that breaks off
-_BODY_ATTEMPTS = 4
-_BROKEN_BODY = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError, HTTPClientError)
+CONNECT_TIMEOUT_S = 5
+# without a byte; a body that comes slowly is no stall
+READ_TIMEOUT_S = 30
+# Up to this size an object that is read is compared with its ETag. Larger ones are shards and weights, which
+# their reader compares with a SHA-256; hashing them twice would cost a good part of the reading.
+ETAG_CHECK_MAX_BYTES = 2**20
+
 _MISSING = {"NoSuchKey", "404", "NotFound"}
-_LOST_RACE = {"PreconditionFailed", "412"}
-_RACING = {"ConditionalRequestConflict", "409"}
+_BAD_CREDENTIALS = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidToken",
+    "ExpiredToken",
+    "TokenRefreshRequired",
+    "AuthorizationHeaderMalformed",
+}
+# what passes by itself: overload, a server's fault, a request that was altered or starved on its way
+_PASSING_STATUS = {408, 429, 500, 502, 503, 504}
+_PASSING = {"RequestTimeout", "SlowDown", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
+_BROKEN_BODY = (IncompleteReadError, HTTPClientError, ReadTimeoutError, ConnectionError, OSError)
+_WRITER = "ddpm-writer"
 
 
 @functools.cache
 def _client(pid: int, endpoint: str | None) -> Any:
     """One client a process (a new one costs 0.1 s), never carried over a fork."""
     if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
-        raise UserError(f"AWS_ENDPOINT_URL: {endpoint!r} is no http:// or https:// address")
+        raise UserError(f"AWS_ENDPOINT_URL: {without_password(endpoint)!r} is no http:// or https:// address")
     config = Config(
-        connect_timeout=5,
-        read_timeout=60,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
         max_pool_connections=32,
-        retries={"mode": "standard", "total_max_attempts": 5},
+        # botocore retries a request, but not the reading of a body that breaks off: `insist` does both
+        retries={"mode": "standard", "total_max_attempts": 1},
         # other servers than AWS's know neither the newer checksums nor every bucket as a host name
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        client = boto3.session.Session().client("s3", config=config)
     except ValueError as error:
         raise UserError(f"AWS_ENDPOINT_URL: {one_line(error)}") from None
+    if endpoint is not None:
+        # before boto3's own, which is made for AWS's regions and asks without end where none is named
+        client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+    return client
+
+
+class _Redirected(Exception):
+    """The server leads to the host that the message names."""
+
+
+def _refuse_redirect(response: Any = None, **_: Any) -> None:
+    if response is not None and 300 <= response[0].status_code < 400:
+        aim = response[0].headers.get("location") or "elsewhere"
+        raise _Redirected(urlsplit(aim).netloc.rpartition("@")[2] or aim)
 
 
 class S3Storage:
@@ -81,82 +115,144 @@ class S3Storage:
         return f"{self._prefix}/{checked_key(key)}".lstrip("/")
 
     def _call(self, what: str, call: Callable[[Any], Result]) -> Result:
-        """`call` with the client; every failure as a `StorageError` that names the object or the server."""
+        """`call` with the client, again while the budget lasts; every failure as a `StorageError` that names
+        the object or the server.
+        """
+        return insist(what, lambda: self._once(what, call), StorageError)
+
+    def _once(self, what: str, call: Callable[[Any], Result]) -> Result:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        where = f"the S3 server at {endpoint}" if endpoint else "AWS S3"
+        where = f"the S3 server at {without_password(endpoint)}" if endpoint else "AWS S3"
         try:
             return call(_client(os.getpid(), endpoint))
         except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if code in _MISSING:
-                raise ObjectMissing(what) from None
-            if code == "NoSuchBucket":
-                raise StorageError(f"{what}: {where} has no bucket {self._bucket!r}; make it first") from None
-            raise StorageError(f"{what}: {where} refused: {one_line(error)}") from None
+            raise self._refusal(what, where, error) from None
+        except _Redirected as aim:
+            raise StorageError(
+                f"{what}: {where} redirects to {aim}, which gets no credentials; set AWS_ENDPOINT_URL or "
+                "AWS_DEFAULT_REGION to where the bucket is"
+            ) from None
         except NoCredentialsError:
             raise StorageError(
                 f"{what}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
             ) from None
-        except EndpointConnectionError:
-            raise StorageError(f"{what}: {where} does not answer; check AWS_ENDPOINT_URL") from None
-        except (BotoCoreError, OSError) as error:
+        except SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise StorageError(f"{what}: {where}: {one_line(error)}") from None
+            raise TryAgain(f"{where}: {one_line(error)}") from None
+        except ConnectionError:
+            raise TryAgain(f"{where} does not answer; check AWS_ENDPOINT_URL") from None
+        except (
+            HTTPClientError,
+            ReadTimeoutError,
+            IncompleteReadError,
+            ResponseParserError,
+            OSError,
+        ) as error:
+            raise TryAgain(f"{where}: {one_line(error)}") from None
+        except BotoCoreError as error:
             raise StorageError(f"{what}: {where}: {one_line(error)}") from None
 
-    def _read(self, key: str, length: int | None = None, **request: str) -> bytes:
-        uri = f"{self.uri}/{key}"
-        for attempt in range(1, _BODY_ATTEMPTS + 1):
-            response = self._call(
-                uri, lambda s3: s3.get_object(Bucket=self._bucket, Key=self._key(key), **request)
+    def _refusal(self, what: str, where: str, error: ClientError) -> Exception:
+        """What a server's answer means: `TryAgain` if it may pass, else the error to end with."""
+        problem = error.response.get("Error", {})
+        answer = error.response.get("ResponseMetadata", {})
+        code, status = problem.get("Code", ""), answer.get("HTTPStatusCode", 0)
+        said = one_line(UserError(": ".join(filter(None, [code, problem.get("Message")]))))
+        if code in _MISSING:
+            return ObjectMissing(what)
+        if code == "NoSuchBucket":
+            return StorageError(f"{what}: {where} has no bucket {self._bucket!r}; make it first")
+        if code in _BAD_CREDENTIALS:
+            return StorageError(
+                f"{what}: {where} refused the credentials ({code}); check AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE"
             )
-            try:
-                data: bytes = response["Body"].read()
-            except _BROKEN_BODY as error:
-                problem = one_line(error)
-            else:
-                expected = response["ContentLength"] if length is None else length
-                if len(data) == expected:
-                    return data
-                problem = f"{len(data)} of {expected} bytes came"
-            if attempt < _BODY_ATTEMPTS:
-                time.sleep(0.1 * 2**attempt)
-        raise StorageError(f"{uri}: could not be read whole in {_BODY_ATTEMPTS} attempts: {problem}")
+        if code in _PASSING or status in _PASSING_STATUS:
+            return TryAgain(f"{where} refused: {said}")
+        if status == 403:
+            return StorageError(
+                f"{what}: {where} denied access ({code}); check the credentials, and what they may do in "
+                f"bucket {self._bucket!r}"
+            )
+        return StorageError(f"{what}: {where} refused: {said}")
 
     def get(self, key: str) -> bytes:
-        return self._read(key)
+        doubted: list[bytes] = []
+
+        def attempt(s3: Any) -> bytes:
+            response = s3.get_object(Bucket=self._bucket, Key=self._key(key))
+            data = _body(response, response["ContentLength"])
+            # the same bytes a second time: then this server's ETag is no MD5
+            small = len(data) <= ETAG_CHECK_MAX_BYTES
+            if small and _contradicts_etag(response, data) and data not in doubted:
+                doubted.append(data)
+                raise TryAgain("was altered on its way: its bytes are not those of its ETag")
+            return data
+
+        return self._call(f"{self.uri}/{key}", attempt)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         if length == 0:
             return b""
-        return self._read(key, length, Range=f"bytes={start}-{start + length - 1}")
+        uri = f"{self.uri}/{key}"
+        span = f"bytes={start}-{start + length - 1}"
+
+        def attempt(s3: Any) -> bytes:
+            try:
+                response = s3.get_object(Bucket=self._bucket, Key=self._key(key), Range=span)
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
+                    raise _too_short(uri, start, length, 0) from None
+                raise
+            given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
+            if given and given[3].isdecimal() and int(given[3]) < start + length:
+                response["Body"].close()
+                raise _too_short(uri, start, length, max(0, int(given[3]) - start))
+            if not given or (int(given[1]), int(given[2])) != (start, start + length - 1):
+                response["Body"].close()
+                raise TryAgain(f"could not be read whole: asked for {span}, the server gave another part")
+            return _body(response, length)
+
+        return self._call(uri, attempt)
 
     def put(self, key: str, data: bytes) -> None:
+        place = {"Bucket": self._bucket, "Key": self._key(key)}
         self._call(
             f"{self.uri}/{key}",
-            lambda s3: s3.put_object(Bucket=self._bucket, Key=self._key(key), Body=data),
+            lambda s3: _check_stored(s3, place, data, s3.put_object(**place, Body=data)),
         )
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        def attempt(s3: Any) -> bool | None:
+        place = {"Bucket": self._bucket, "Key": self._key(key)}
+        # the answer to a request that succeeded may get lost: its mark tells our object from another's
+        mark = uuid.uuid4().hex
+        tries = 0
+        condition = {"IfNoneMatch": "*"}
+
+        def attempt(s3: Any) -> bool:
+            nonlocal tries
+            tries += 1
             try:
-                s3.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                answer = s3.put_object(**place, **condition, Body=data, Metadata={_WRITER: mark})
             except ClientError as error:
-                code = error.response.get("Error", {}).get("Code", "")
-                if code in _LOST_RACE:
-                    # a retried request may have lost against its own first try, whose answer got lost
-                    retried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
-                    return retried > 0 and self.get(key) == data
-                if code in _RACING:
-                    return None
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+                if status == 409:
+                    raise TryAgain("other writers kept racing for it; try again") from None
+                if status != 412:
+                    raise
+                answer = s3.head_object(**place) if tries > 1 else {}
+                if answer.get("Metadata", {}).get(_WRITER) != mark:
+                    return False
+            try:
+                _check_stored(s3, place, data, answer)
+            except TryAgain:
+                # ours stands, but not as it is: no other writer may win any more, so it can be replaced
+                condition.clear()
                 raise
             return True
 
-        uri = f"{self.uri}/{key}"
-        for pause in (0.05, 0.2, 0.5, 1.0, 2.0):
-            outcome = self._call(uri, attempt)
-            if outcome is not None:
-                return outcome
-            time.sleep(pause)
-        raise StorageError(f"{uri}: other writers kept racing for it; try again")
+        return self._call(f"{self.uri}/{key}", attempt)
 
     def exists(self, key: str) -> bool:
         uri = f"{self.uri}/{key}"
@@ -173,16 +269,20 @@ class S3Storage:
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         base = f"{self._prefix}/" if self._prefix else ""
 
-        def pages(s3: Any) -> list[ObjectInfo]:
-            found = []
-            for page in s3.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=base + prefix
-            ):
-                for entry in page.get("Contents", []):
-                    found.append(ObjectInfo(entry["Key"][len(base) :], entry["Size"]))
-            return found
+        found = []
+        more: dict[str, str] = {}
+        while True:
 
-        return sorted(self._call(f"{self.uri}/{prefix}", pages), key=lambda info: info.key)
+            def page(s3: Any, more: dict[str, str] = more) -> Any:
+                return s3.list_objects_v2(Bucket=self._bucket, Prefix=base + prefix, **more)
+
+            # a budget for each page, so that a long listing fares as well as a short one
+            answer = self._call(f"{self.uri}/{prefix}", page)
+            for entry in answer.get("Contents", []):
+                found.append(ObjectInfo(entry["Key"][len(base) :], entry["Size"]))
+            if not answer.get("IsTruncated"):
+                return sorted(found, key=lambda info: info.key)
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def delete(self, keys: Iterable[str]) -> None:
         doomed = [{"Key": self._key(key)} for key in keys]
@@ -197,3 +297,35 @@ class S3Storage:
                     )
 
             self._call(self.uri, remove)
+
+
+def _body(response: Any, expected: int) -> bytes:
+    """All bytes of an answer; `TryAgain` where there are not as many as `expected`, or the line breaks."""
+    try:
+        data: bytes = response["Body"].read()
+    except _BROKEN_BODY as error:
+        raise TryAgain(f"could not be read whole: {one_line(error)}") from None
+    if len(data) != expected:
+        raise TryAgain(f"could not be read whole: {len(data)} of {expected} bytes came")
+    return data
+
+
+def _check_stored(s3: Any, place: dict[str, str], data: bytes, answer: Any) -> None:
+    """`TryAgain` unless the object there is `data`: by the ETag in `answer`, or if that differs by reading it."""
+    if _contradicts_etag(answer, data):
+        response = s3.get_object(**place)
+        if _body(response, response["ContentLength"]) != data:
+            raise TryAgain("was altered on its way to the server")
+
+
+def _contradicts_etag(response: Any, data: bytes) -> bool:
+    """Whether the ETag has the form of the MD5 that it is for an object written by one plain PUT, and is not it."""
+    etag = response.get("ETag", "").strip('"').lower()
+    keyed = "SSECustomerAlgorithm" in response or response.get("ServerSideEncryption", "AES256") != "AES256"
+    if keyed or not re.fullmatch("[0-9a-f]{32}", etag):
+        return False
+    return hashlib.md5(data, usedforsecurity=False).hexdigest() != etag
+
+
+def _too_short(uri: str, start: int, length: int, there: int) -> StorageError:
+    return StorageError(f"{uri}: {there} of {length} bytes at {start}: the object is too short")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.retries import Budget
 from pipelines.storage import FileStorage, ObjectMissing, Storage, StorageError, open_storage
 from tests.support.s3 import HostileS3, use_endpoint
 
@@ -20,7 +21,7 @@ BODY = bytes(range(256)) * 20
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.adapters.s3.time.sleep", lambda s: None)
+    monkeypatch.setattr("pipelines.retries.time.sleep", lambda s: None)
 
 
 def one_line(attempt: Callable[[], object]) -> str:
@@ -62,8 +63,9 @@ def test_a_body_that_is_always_cut_short_is_named(monkeypatch: pytest.MonkeyPatc
     with Opened(monkeypatch, lambda method, path, n: "short") as (server, storage):
         server.objects["/bucket/p/x"] = BODY
         message = one_line(lambda: storage.get("x"))
-        assert message.startswith("s3://bucket/p/x: could not be read whole in 4 attempts: ")
-        assert len(server.requests) == 4
+        assert message.startswith("s3://bucket/p/x: could not be read whole: ")
+        assert f"(tried {Budget().tries} times in " in message
+        assert len(server.requests) == Budget().tries
 
 
 @pytest.mark.parametrize("trouble", ["503", "drop"])
@@ -84,6 +86,23 @@ def test_a_range_that_the_server_ignores_is_not_taken_for_the_range(monkeypatch:
     with Opened(monkeypatch, lambda method, path, n: "") as (server, storage):
         server.objects["/bucket/p/x"] = BODY
         assert "could not be read whole" in one_line(lambda: storage.get_range("x", 10, 20))
+
+
+@pytest.mark.parametrize("wrong", ["shift", "clip"])
+@pytest.mark.parametrize("kind", ["s3", "http"])
+def test_another_part_than_was_asked_for_is_not_taken(
+    kind: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Opened(monkeypatch, lambda method, path, n: "") as (server, storage):
+        if kind == "http":
+            storage = open_storage(f"{os.environ['AWS_ENDPOINT_URL']}/bucket/p")
+        server.objects["/bucket/p/x"] = BODY
+        server.ranges = True
+        assert storage.get_range("x", 10, 20) == BODY[10:30]
+        setattr(server, wrong, 1)
+        message = one_line(lambda: storage.get_range("x", 10, 20))
+        assert message.startswith(f"{storage.uri}/x: could not be read whole: ")
+        assert ("another part" if wrong == "shift" else "19 of 20 bytes came") in message
 
 
 @pytest.mark.parametrize("trouble", ["503", "drop"])

@@ -1,20 +1,18 @@
-"""Preparing onto and reading from an S3 server over HTTP (moto's, in this process: an emulator)."""
+"""Preparing onto and reading from S3 servers: moto's, an emulator, and Ceph's."""
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 import torch
 import webdataset
-from moto.server import ThreadedMotoServer
 
 from pipelines.adapters.s3 import S3Storage
 from pipelines.dataset import DataError, Dataset
@@ -23,32 +21,16 @@ from pipelines.prepare import prepare
 from pipelines.reader import StreamBatches, read_split
 from pipelines.storage import StorageError, open_storage
 from tests.support.data import random_images, write_image
+from tests.support.s3 import S3Server, client
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def bucket(s3_server: S3Server, request: pytest.FixtureRequest) -> str:
     """An empty bucket of the test's own, and an environment that leads to it."""
-    for name, value in (
-        ("AWS_ENDPOINT_URL", endpoint),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    name = request.node.name.replace("_", "-").lower()[:50].strip("-")
-    boto3.client("s3").create_bucket(Bucket=name)
+    name = re.sub("[^a-z0-9]+", "-", request.node.name.lower())[:50].strip("-")
+    client().create_bucket(Bucket=name)
     return name
 
 

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -16,22 +16,17 @@ import pytest
 from pipelines.adapters.s3 import S3Storage, _client
 from pipelines.errors import UserError
 from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
-from tests.support.s3 import BUCKET, free_port, moto_server, use_endpoint
+from tests.support.s3 import BUCKET, SERVERS, S3Server, free_port, use_endpoint, use_server
 
-HOSTILE = ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", ".", "a/./b", "a//b", "a/"]
+HOSTILE = ["a\0b", "\udce9", "", "/etc/passwd", "..", "../x", "a/../../x", "a/..", ".", "a/./b", "a//b", "a/"]
 KEYS = ["plain", "a/b/c.tar", "a b+c", "%2F and %41", "é 漢", "x" * 200, "q?x=1&y=2#z", "<&>\"'"]
 
 _numbers = count()
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with (
-        moto_server(tmp_path_factory.mktemp("moto") / "log") as address,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        use_endpoint(patch, address)
-        yield address
+@pytest.fixture
+def endpoint(s3_server: S3Server) -> str:
+    return s3_server.endpoint
 
 
 @pytest.fixture
@@ -39,12 +34,12 @@ def s3(endpoint: str) -> Storage:
     return open_storage(f"s3://{BUCKET}/test-{next(_numbers)}")
 
 
-@pytest.fixture(params=["file", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+@pytest.fixture(params=["file", *SERVERS])
+def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Storage:
     if request.param == "file":
         return open_storage(str(tmp_path / "some where"))
-    found: Storage = request.getfixturevalue("s3")
-    return found
+    use_server(monkeypatch, request.getfixturevalue(request.param))
+    return open_storage(f"s3://{BUCKET}/test-{next(_numbers)}")
 
 
 def test_what_is_put_is_got(storage: Storage) -> None:
@@ -75,7 +70,7 @@ def test_ranges(storage: Storage) -> None:
 def test_a_range_past_the_end_is_an_error_and_never_short(
     storage: Storage, start: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.adapters.s3.time.sleep", lambda s: None)
+    monkeypatch.setattr("pipelines.retries.time.sleep", lambda s: None)
     storage.put("x", bytes(range(100)))
     with pytest.raises(StorageError, match="x") as caught:
         storage.get_range("x", start, length)
@@ -268,7 +263,11 @@ def test_storages_cross_process_borders(storage: Storage) -> None:
         ("s3:///prefix", "names no bucket"),
         ("gs://bucket/x", "not gs://"),
         ("file://tmp/x", "names a host"),
-        ("https://host/x", "not https://"),
+        ("ftp://host/x", "not ftp://"),
+        ("https:///x", "names no host"),
+        ("https://u:secret@host/x", "no user name or password"),
+        ("https://host/x?versionId=1", "no part behind"),
+        ("https://host:port/x", "https://host:port/x"),
     ],
 )
 def test_a_wrong_address(uri: str, message: str) -> None:
@@ -327,7 +326,7 @@ def test_a_missing_bucket_is_no_missing_object(endpoint: str) -> None:
 def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     use_endpoint(monkeypatch, address)
-    monkeypatch.setattr("pipelines.adapters.s3.time.sleep", lambda s: None)
+    monkeypatch.setattr("pipelines.retries.time.sleep", lambda s: None)
     for attempt in _everything(open_storage("s3://b/p")):
         message = _one_line(attempt)
         assert message.startswith("s3://b/p")
@@ -339,7 +338,7 @@ def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_an_endpoint_that_is_no_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_endpoint(monkeypatch, address)
-    monkeypatch.setattr("pipelines.adapters.s3.time.sleep", lambda s: None)
+    monkeypatch.setattr("pipelines.retries.time.sleep", lambda s: None)
     with pytest.raises(UserError) as caught:
         open_storage("s3://b/p").get("x")
     assert "\n" not in str(caught.value)

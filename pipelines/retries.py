@@ -1,0 +1,66 @@
+"""Trying again what failed for a passing reason: how often, how long, and with which pauses in between."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipelines.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class TryAgain(Exception):
+    """Raised by an attempt that failed for a passing reason; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one operation may cost: `tries` attempts in all, and no new one later than `seconds` after the first.
+
+    The pause before attempt n + 1 is drawn from the upper half of `first_pause_s`·2ⁿ⁻¹, which is cut at
+    `longest_pause_s`: many readers that a server turned away together don't come back together. At these defaults
+    the pauses add up to 11..23 s, in which a server can be started again.
+    """
+
+    tries: int = 10
+    seconds: float = 120.0
+    first_pause_s: float = 0.05
+    longest_pause_s: float = 10.0
+
+    def pause(self, tried: int, elapsed_s: float, draw: float) -> float | None:
+        """Seconds to wait after `tried` failures, with `draw` uniform in [0, 1); None: give up."""
+        # the exponent is bounded, since a float is
+        longest = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(tried - 1, 60))
+        pause = longest * (1 + draw) / 2
+        return None if tried >= self.tries or elapsed_s + pause > self.seconds else pause
+
+
+BUDGET = Budget()
+
+
+def insist(
+    what: str, attempt: Callable[[], Result], error: type[UserError], budget: Budget | None = None
+) -> Result:
+    """What `attempt()` returns, called again after each `TryAgain` while the budget lasts.
+
+    Then raises `error` with a line that names `what`, the last reason, and what was spent. Every other error of
+    the attempt passes at once.
+    """
+    budget = budget or BUDGET
+    start = time.monotonic()
+    tried = 0
+    while True:
+        tried += 1
+        try:
+            return attempt()
+        except TryAgain as again:
+            elapsed = time.monotonic() - start
+            pause = budget.pause(tried, elapsed, random.random())
+            if pause is None:
+                times = "once" if tried == 1 else f"{tried} times"
+                raise error(f"{what}: {again} (tried {times} in {elapsed:.0f} s)") from None
+        time.sleep(pause)

@@ -1,0 +1,93 @@
+"""How often, how long and with which pauses something is tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.retries import Budget, TryAgain, insist
+
+
+def test_pauses_double_up_to_the_longest_and_are_drawn_from_their_upper_half() -> None:
+    budget = Budget(tries=9, seconds=1000, first_pause_s=0.1, longest_pause_s=1.0)
+    longest = [budget.pause(tried, 0, 1.0) for tried in range(1, 9)]
+    assert longest == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0])
+    assert [budget.pause(tried, 0, 0.0) for tried in range(1, 9)] == pytest.approx(
+        [pause / 2 for pause in longest if pause]
+    )
+    assert Budget(tries=10**6).pause(10**5, 0, 1.0) == 10.0
+
+
+def test_the_budget_ends_by_tries_and_by_time() -> None:
+    budget = Budget(tries=3, seconds=10, first_pause_s=1, longest_pause_s=1)
+    assert budget.pause(2, 0, 1.0) == 1
+    assert budget.pause(3, 0, 1.0) is None
+    # a pause that would end too late is not begun
+    assert budget.pause(1, 9.0, 1.0) == 1
+    assert budget.pause(1, 9.1, 1.0) is None
+
+
+class Clock:
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+        patch.setattr("pipelines.retries.time.monotonic", lambda: self.now)
+        patch.setattr("pipelines.retries.time.sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def failing(times: int, clock: Clock, seconds: float = 0.0) -> Callable[[], int]:
+    numbers = count(1)
+
+    def attempt() -> int:
+        clock.now += seconds
+        if (number := next(numbers)) <= times:
+            raise TryAgain(f"trouble {number}")
+        return number
+
+    return attempt
+
+
+def test_what_works_in_the_end_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert insist("x", failing(4, clock), UserError, Budget(tries=5)) == 5
+    assert len(clock.pauses) == 4
+    assert clock.pauses == sorted(clock.pauses)
+
+
+def test_the_last_reason_and_what_was_spent_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    with pytest.raises(UserError) as caught:
+        insist("x", failing(9, clock), UserError, Budget(tries=2))
+    assert str(caught.value) == "x: trouble 2 (tried 2 times in 0 s)"
+    with pytest.raises(UserError) as caught:
+        insist("x", failing(9, clock, 50), UserError, Budget(seconds=60))
+    assert str(caught.value) == "x: trouble 2 (tried 2 times in 100 s)"
+    with pytest.raises(UserError, match=r"x: trouble 1 \(tried once in 70 s\)"):
+        insist("x", failing(9, clock, 70), UserError, Budget(seconds=60))
+
+
+def test_another_error_passes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    def attempt() -> None:
+        raise UserError("no bucket")
+
+    with pytest.raises(UserError, match=r"^no bucket$"):
+        insist("x", attempt, UserError)
+    assert clock.pauses == []
+
+
+def test_two_readers_do_not_pause_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = []
+    for _ in range(2):
+        clock = Clock(monkeypatch)
+        insist("x", failing(5, clock), UserError)
+        pauses.append(clock.pauses)
+    assert pauses[0] != pauses[1]
