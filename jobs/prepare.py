@@ -9,24 +9,43 @@ from jobs import common
 DESCRIPTION = """\
 Turn images into a data set: sharded WebDataset tars with a Parquet index, on S3 or disk, a part held out.
 
-SOURCE is a folder of images (its sub-folders are the classes), a .zip of one, or `digits`, the 1,797
-handwritten digits that ship with scikit-learn.  Images are cut to their centred square and resized to
-prepare.image_size.  Run again, it finishes what is missing, or finds the work done.
+SOURCE is a folder of images (its sub-folders are the classes) or a .zip of one; Parquet files with image
+bytes, as Hugging Face writes them; WebDataset tars; a NumPy array (.npy, .npz); or `digits`, the 1,797
+handwritten digits that ship with scikit-learn.  Many files are a folder, s3://BUCKET/PREFIX, or a pattern
+such as 'a-{000..031}.tar'.  Captions and whatever else a sample has are carried along.  Images are cut to
+their centred square and resized to prepare.image_size; one that fits as it is keeps its bytes.  Run again,
+it finishes what is missing, or finds the work done.
 """
 
 EPILOG = """\
 examples:
   ddpm prepare digits --config digits.yaml
   ddpm prepare ./photos --config my.yaml --set prepare.image_size=64
-  ddpm prepare ./photos --config my.yaml --out s3://bucket/photos-64
+  ddpm prepare ./photos --config my.yaml --out s3://bucket/photos-64 --labels classes.csv
+  ddpm prepare s3://bucket/raw-parquet --config my.yaml --image img --label fine_label
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("source", metavar="SOURCE", help="a folder, a .zip, or digits")
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a file, s3://…, or digits")
     common.add_config_arguments(parser)
     parser.add_argument("--out", metavar="URI", help="where to (default: data.uri of the configuration)")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="for a folder or .zip: a .csv or .parquet table with the columns file, label; for a .npy: another",
+    )
+    parser.add_argument(
+        "--image",
+        metavar="NAME",
+        help="which column, array or tar extension is the image (default: the usual)",
+    )
+    parser.add_argument(
+        "--label",
+        metavar="NAME",
+        help="which column, array or tar extension is the label (default: the usual)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
             test_fraction=settings.test_fraction,
             samples_per_shard=settings.samples_per_shard,
             seed=config.seed,
+            labels=arguments.labels,
+            image=arguments.image,
+            label=arguments.label,
             progress=progress,
         )
     shape = "×".join(map(str, dataset.shape))

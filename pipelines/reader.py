@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ddpm_core import rng
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset, Shard
-from pipelines.images import decode_png, to_model
+from pipelines.images import decode_image, to_model
 from pipelines.order import Order
 from pipelines.shards import ShardIndex, crc32c, parse_index, sha256
 from pipelines.storage import ObjectMissing, Storage
@@ -116,7 +116,7 @@ class ShardReader:
         try:
             if crc32c(data) != loaded.index.crc32c[row]:
                 raise ValueError("its bytes do not have the CRC32C that the index gives")
-            return decode_png(data, self._dataset.shape)
+            return decode_image(data, self._dataset.shape)
         except ValueError as error:
             where = f"{self._dataset.uri}/{self._shards[shard].key}"
             raise DataError(f"{where}: sample {loaded.index.key[row].as_py()!r}: {error}") from None
