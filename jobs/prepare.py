@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from jobs import common
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.prepare_shards import Workers
 
 DESCRIPTION = """\
 Turn images into a data set: sharded WebDataset tars with a Parquet index, on S3 or disk, a part held out.
@@ -13,8 +21,11 @@ SOURCE is a folder of images (its sub-folders are the classes) or a .zip of one;
 bytes, as Hugging Face writes them; WebDataset tars; a NumPy array (.npy, .npz); or `digits`, the 1,797
 handwritten digits that ship with scikit-learn.  Many files are a folder, s3://BUCKET/PREFIX, or a pattern
 such as 'a-{000..031}.tar'.  Captions and whatever else a sample has are carried along.  Images are cut to
-their centred square and resized to prepare.image_size; one that fits as it is keeps its bytes.  Run again,
-it finishes what is missing, or finds the work done.
+their centred square and resized to prepare.image_size; one that fits as it is keeps its bytes.
+
+Where a Ray cluster is named (--address, RAY_ADDRESS, a local stack), its CPUs share the work, and must see
+SOURCE and the data set's place; else this process does it alone.  Run again, it finishes what is missing, or
+finds the work done.
 """
 
 EPILOG = """\
@@ -30,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("source", metavar="SOURCE", help="a folder, a file, s3://…, or digits")
     common.add_config_arguments(parser)
+    common.add_place_arguments(parser)
     parser.add_argument("--out", metavar="URI", help="where to (default: data.uri of the configuration)")
     parser.add_argument(
         "--labels",
@@ -49,16 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    common.use_local_stack()
+    common.use_local_stack(arguments.address)
     config = common.config_of(arguments)
 
     from tqdm import tqdm
 
     from pipelines.prepare import prepare
+    from pipelines.storage import absolute
 
     settings = config.prepare
-    out = arguments.out or config.data.uri
-    with tqdm(unit="image", mininterval=1, disable=None) as bar:
+    out = absolute(arguments.out) if arguments.out else config.data.uri
+    with _workers(arguments, config) as workers, tqdm(unit="image", mininterval=1, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -76,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             image=arguments.image,
             label=arguments.label,
             progress=progress,
+            workers=workers,
         )
     shape = "×".join(map(str, dataset.shape))
     counts = ", ".join(
@@ -84,3 +98,15 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"data set {dataset.identity[:10]}: {counts}; {shape}, {dataset.levels} levels; {dataset.uri}")
     return 0
+
+
+@contextmanager
+def _workers(arguments: argparse.Namespace, config: Config) -> Iterator[Workers | None]:
+    """The cluster's, where one is named."""
+    if arguments.local or not (arguments.address or os.environ.get("RAY_ADDRESS")):
+        yield None
+        return
+    with common.ray_cluster(arguments.address):
+        from pipelines.prepare_ray import RayWorkers
+
+        yield RayWorkers(config.workers.max_failures)

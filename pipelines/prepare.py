@@ -261,7 +261,20 @@ def _write_shards(
             shards[job.number] = shard
             done += len(job.plan.entries)
             tell(0)
+    if workers is not None:
+        _check_arrived(storage, shards.values())
     return [shards[job.number] for job in jobs], shape
+
+
+def _check_arrived(storage: Storage, shards: Iterable[Shard]) -> None:
+    """A folder of one machine is not that of another, and the record must not name what nobody can read."""
+    sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
+    for shard in shards:
+        if sizes.get(shard.key) != shard.num_bytes or shard.index_key not in sizes:
+            raise StorageError(
+                f"{storage.uri}/{shard.key}: was written by a worker and is not to be seen here: write to S3 or to "
+                "a folder that all machines share, or prepare in this process (--local)"
+            )
 
 
 def _commit(

@@ -226,7 +226,7 @@ def open_zip(path: Path, labels: str | None) -> Source:
     tops = {name.partition("/")[0] for name in members}
     prefix = f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in members) else ""
     known = {name.removeprefix(prefix): f"{info.file_size}/{info.CRC:08x}" for name, info in members.items()}
-    return _collect("zip", path.stem, str(path), known, _ZipReader(path, prefix, archive), labels)
+    return _collect("zip", path.stem, str(path), known, _ZipReader(path.absolute(), prefix, archive), labels)
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
