@@ -6,9 +6,10 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs import common
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -33,6 +34,7 @@ examples:
   ddpm prepare digits --config digits.yaml
   ddpm prepare ./photos --config my.yaml --set prepare.image_size=64
   ddpm prepare ./photos --config my.yaml --out s3://bucket/photos-64 --labels classes.csv
+  ddpm prepare 's3://bucket/cc/{00000..00331}.tar' --config my.yaml --index-only
   ddpm prepare s3://bucket/raw-parquet --config my.yaml --image img --label fine_label
 """
 
@@ -43,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_config_arguments(parser)
     common.add_place_arguments(parser)
     parser.add_argument("--out", metavar="URI", help="where to (default: data.uri of the configuration)")
+    parser.add_argument(
+        "--index-only",
+        action="store_true",
+        help="of WebDataset tars: write indexes and the record, and leave the tars where they are",
+    )
     parser.add_argument(
         "--labels",
         metavar="FILE",
@@ -66,31 +73,43 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from pipelines.index_only import index_tars
     from pipelines.prepare import prepare
     from pipelines.storage import absolute
 
     settings = config.prepare
+    if arguments.index_only and arguments.labels is not None:
+        raise UserError(f"--labels {arguments.labels}: --index-only takes labels from the tars alone")
     out = absolute(arguments.out) if arguments.out else config.data.uri
-    with _workers(arguments, config) as workers, tqdm(unit="image", mininterval=1, disable=None) as bar:
+    with (
+        _workers(arguments, config) as workers,
+        tqdm(unit="tar" if arguments.index_only else "image", mininterval=1, disable=None) as bar,
+    ):
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        dataset = prepare(
-            arguments.source,
-            out,
-            image_size=settings.image_size,
-            levels=settings.levels,
-            test_fraction=settings.test_fraction,
-            samples_per_shard=settings.samples_per_shard,
-            seed=config.seed,
-            labels=arguments.labels,
-            image=arguments.image,
-            label=arguments.label,
-            progress=progress,
-            workers=workers,
-        )
+        chosen: dict[str, Any] = {
+            "image_size": settings.image_size,
+            "levels": settings.levels,
+            "test_fraction": settings.test_fraction,
+            "seed": config.seed,
+            "image": arguments.image,
+            "label": arguments.label,
+            "progress": progress,
+            "workers": workers,
+        }
+        if arguments.index_only:
+            dataset = index_tars(arguments.source, out, **chosen)
+        else:
+            dataset = prepare(
+                arguments.source,
+                out,
+                samples_per_shard=settings.samples_per_shard,
+                labels=arguments.labels,
+                **chosen,
+            )
     shape = "×".join(map(str, dataset.shape))
     counts = ", ".join(
         f"{dataset.count(split)} {split} images in {len(shards)} shards"

@@ -106,16 +106,20 @@ def png_header(data: bytes) -> tuple[int, int, int, int]:
     return height, width, depth, colour
 
 
+def _png_shape(data: bytes) -> tuple[int, int, int]:
+    height, width, depth, colour = png_header(data)
+    if depth != 8 or colour not in _CHANNELS_OF_COLOUR_TYPE:
+        raise ValueError(f"a PNG of bit depth {depth} and colour type {colour}, not 8-bit grey or RGB")
+    return (_CHANNELS_OF_COLOUR_TYPE[colour], height, width)
+
+
 def decode_png(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The pixels of a stored PNG as uint8 `[C, H, W]`, exactly Pillow's.
 
     Raises `ValueError` with the reason unless it is one still 8-bit grey or RGB image of just this shape. The
     header is compared first, so that a file that claims a huge size costs nothing.
     """
-    height, width, depth, colour = png_header(data)
-    if depth != 8 or colour not in _CHANNELS_OF_COLOUR_TYPE:
-        raise ValueError(f"a PNG of bit depth {depth} and colour type {colour}, not 8-bit grey or RGB")
-    found = (_CHANNELS_OF_COLOUR_TYPE[colour], height, width)
+    found = _png_shape(data)
     if found != tuple(shape):
         raise ValueError(f"an image of shape {list(found)}, not {list(shape)}")
     pixels = _pixels(data, "PNG")
@@ -140,6 +144,14 @@ def decode_jpeg(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     Raises `ValueError` with the reason unless it is one grey or RGB image of just this shape. The header is
     compared first, so that a file that claims a huge size costs nothing.
     """
+    found = _jpeg_shape(data)
+    if found != tuple(shape):
+        raise ValueError(f"an image of shape {list(found)}, not {list(shape)}")
+    pixels = _pixels(data, "JPEG")
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             mode, (width, height), frames = picture.mode, picture.size, getattr(picture, "n_frames", 1)
@@ -147,11 +159,14 @@ def decode_jpeg(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         raise ValueError(f"a broken JPEG ({error})") from None
     if mode not in ("L", "RGB") or frames != 1:
         raise ValueError(f"a JPEG of mode {mode} with {frames} images, not one grey or RGB image")
-    found = (1 if mode == "L" else 3, height, width)
-    if found != tuple(shape):
-        raise ValueError(f"an image of shape {list(found)}, not {list(shape)}")
-    pixels = _pixels(data, "JPEG")
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return (1 if mode == "L" else 3, height, width)
+
+
+def stored_shape(data: bytes) -> tuple[int, int, int]:
+    """The shape (C, H, W) that `decode_image` takes this file for, from its header; `ValueError` if none."""
+    if data.startswith(JPEG_SIGNATURE):
+        return _jpeg_shape(data)
+    return _png_shape(data)
 
 
 def decode_image(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

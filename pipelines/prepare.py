@@ -82,10 +82,10 @@ def prepare(
         "samples_per_shard": None if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD,
         "seed": seed,
     }
-    if (existing := _finished(storage, options)) is not None:
+    if (existing := finished(storage, options)) is not None:
         return existing
     plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
-    _claim(storage, options)
+    claim(storage, options)
     try:
         shards, shape = _write_shards(storage, plans, found, preprocessing, progress, workers)
     except StorageError:
@@ -95,8 +95,8 @@ def prepare(
         if not storage.exists(RECORD_KEY):
             _discard(storage, plans)
         raise
-    _commit(storage, found, preprocessing, shape, options, shards)
-    dataset = _finished(storage, options)
+    commit(storage, found.name, shape, preprocessing.levels, found.classes, options, shards)
+    dataset = finished(storage, options)
     assert dataset is not None
     return dataset
 
@@ -186,7 +186,8 @@ def _in_colour(source: Source, workers: Workers | None) -> bool:
         return any(colour for _, colour in looks)
 
 
-def _finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
+def finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
+    """The data set that stands there, or None; `UserError` if it was made of another source or otherwise."""
     if not storage.exists(RECORD_KEY):
         return None
     dataset = load_from(storage)
@@ -194,7 +195,7 @@ def _finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
     return dataset
 
 
-def _claim(storage: Storage, options: Mapping[str, Any]) -> None:
+def claim(storage: Storage, options: Mapping[str, Any]) -> None:
     """Take the prefix for this source and these options, or find that it is taken for just them."""
     claim = canonical_json(options)
     try:
@@ -277,14 +278,16 @@ def _check_arrived(storage: Storage, shards: Iterable[Shard]) -> None:
             )
 
 
-def _commit(
+def commit(
     storage: Storage,
-    source: Source,
-    preprocessing: Preprocessing,
+    name: str,
     shape: tuple[int, int, int],
+    levels: int,
+    classes: tuple[str, ...],
     options: Mapping[str, Any],
     shards: list[Shard],
 ) -> None:
+    """Put the list of shards, then the record, which makes the data set visible."""
     listing = shards_to_parquet(shards)
     storage.put(SHARDS_KEY, listing)
     splits = {}
@@ -294,10 +297,10 @@ def _commit(
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "name": source.name,
+        "name": name,
         "shape": list(shape),
-        "levels": preprocessing.levels,
-        "classes": list(source.classes),
+        "levels": levels,
+        "classes": list(classes),
         "splits": splits,
         "preparation": dict(options),
         "shards_sha256": sha256(listing),

@@ -105,6 +105,17 @@ def inspect(data: bytes) -> int:
         return 1 if picture.mode in _GREY_MODES else 3
 
 
+def check_plain(data: bytes) -> None:
+    """Raise `ValueError` with the reason unless this file's pixels, as they are stored, are the whole image: not
+    turned by EXIF, transparent, animated or of more than 8 bits a channel. Only headers are read.
+    """
+    with _open(data, decode=False) as picture:
+        if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            raise ValueError("it is to be turned by its EXIF orientation")
+        if "transparency" in picture.info:
+            raise ValueError("it has a transparent colour")
+
+
 def _open(data: bytes, *, decode: bool = True) -> Image.Image:
     """The image in a file, refused with a reason where its 8-bit pixels would not be the whole of it."""
     if not data:

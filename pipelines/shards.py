@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import google_crc32c
@@ -112,13 +112,17 @@ def pack(samples: Iterable[Sample]) -> PackedShard:
             columns["label"].append(sample.label)
             columns["crc32c"].append(crc32c(sample.image))
     tar = file.getvalue()
+    return PackedShard(tar, index_of(columns, sha256(tar), len(tar)), len(columns["key"]))
+
+
+def index_of(columns: Mapping[str, Sequence[str | int]], tar_sha256: str, tar_num_bytes: int) -> bytes:
+    """The index with these columns (key, offset, length, label, crc32c) of a tar of this hash and size."""
     metadata = {
         _VERSION_KEY: str(INDEX_VERSION),
-        _TAR_SHA256_KEY: sha256(tar),
-        _TAR_BYTES_KEY: str(len(tar)),
+        _TAR_SHA256_KEY: tar_sha256,
+        _TAR_BYTES_KEY: str(tar_num_bytes),
     }
-    table = pa.table(columns, schema=_SCHEMA.with_metadata(metadata))
-    return PackedShard(tar=tar, index=to_parquet(table), count=len(table))
+    return to_parquet(pa.table(dict(columns), schema=_SCHEMA.with_metadata(metadata)))
 
 
 def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> None:

@@ -7,9 +7,10 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
@@ -154,10 +155,31 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
                 yield Path(item.path)
 
 
-def read_object(storage: Storage, key: str, name: str, span: tuple[int, int] | None = None) -> bytes:
-    """An object of a source, or the (offset, length) of it; `UserError` naming it where it can't be read."""
+class Ranged(Protocol):
+    """As much of a `Storage` as reading a piece of an object takes."""
+
+    @property
+    def uri(self) -> str: ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes: ...
+
+
+def read_object(storage: Storage, key: str, name: str) -> bytes:
+    """An object of a source; `UserError` naming it where it can't be read."""
+    with _named(name):
+        return storage.get(key)
+
+
+def read_range(storage: Ranged, key: str, name: str, start: int, length: int) -> bytes:
+    """A piece of an object of a source; `UserError` naming it where it can't be read."""
+    with _named(name):
+        return storage.get_range(key, start, length)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        return storage.get(key) if span is None else storage.get_range(key, *span)
+        yield
     except ObjectMissing:
         raise UserError(f"{name}: is missing, or can't be seen from where it was to be read") from None
     except StorageError as error:

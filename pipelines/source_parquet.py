@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines.cache import WeightedLRU
 from pipelines.errors import UserError, one_line, printable
-from pipelines.source_files import read_object
+from pipelines.source_files import read_range
 from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered, sample_key
 from pipelines.storage import Storage
 
@@ -51,7 +51,7 @@ class _Ranges(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(self._num_bytes - self._at, 0)
         length = left if size is None or size < 0 else min(size, left)
-        data = read_object(*self._object, (self._at, length)) if length else b""
+        data = read_range(*self._object, self._at, length) if length else b""
         self._at += length
         return data
 

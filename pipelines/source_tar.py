@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.errors import UserError, printable
-from pipelines.source_files import read_object
+from pipelines.source_files import Ranged, read_range
 from pipelines.sources import (
     IMAGE_EXTENSIONS,
     Entry,
@@ -45,11 +45,11 @@ class Listed:
 
 
 def list_tar(
-    storage: Storage, key: str, num_bytes: int, image: str | None = None, label: str | None = None
+    storage: Ranged, key: str, num_bytes: int, image: str | None = None, label: str | None = None
 ) -> Listed:
     """The samples of one tar, each with its image's extension. Raises `UserError` naming tar and member."""
     where = printable(f"{storage.uri}/{key}")
-    read = buffered(lambda start, length: read_object(storage, key, where, (start, length)), num_bytes)
+    read = buffered(lambda start, length: read_range(storage, key, where, start, length), num_bytes)
     found, labels, images = [], [], []
     passed_over: list[str] = []
     try:
@@ -102,12 +102,10 @@ class _TarReader:
         start = min(offset for _, offset, _ in members)
         stop = max(offset + size for _, offset, size in members)
         if stop - start <= sum(size for _, _, size in members) + _MAX_GAP_BYTES:
-            span = memoryview(read_object(self.storage, key, entry.name, (start, stop - start)))
+            span = memoryview(read_range(self.storage, key, entry.name, start, stop - start))
             bodies = {name: bytes(span[at - start : at - start + size]) for name, at, size in members}
         else:
-            bodies = {
-                name: read_object(self.storage, key, entry.name, (at, size)) for name, at, size in members
-            }
+            bodies = {name: read_range(self.storage, key, entry.name, at, size) for name, at, size in members}
         return Loaded(bodies.pop(image), bodies)
 
 

@@ -11,6 +11,7 @@ from pipelines.dataset import Dataset, Shard
 from pipelines.errors import printable
 from pipelines.images import decode_image
 from pipelines.shards import ShardIndex, crc32c, parse_index, sha256
+from pipelines.source_tar import LABEL_EXTENSION
 from pipelines.storage import ObjectMissing, Storage
 from pipelines.tars import TarError, TarSample, samples, walk
 
@@ -74,8 +75,8 @@ def _duplicates(shards: list[Shard]) -> Iterator[Problem]:
 
 def check_shard(dataset: Dataset, shard: Shard, deep: bool) -> Iterator[Problem]:
     """What is wrong with one shard."""
-    tar, reason = _fetch(dataset.storage, shard.key, shard.sha256, shard.num_bytes)
-    where = f"{dataset.uri}/{shard.key}"
+    tar, reason = _fetch(*dataset.tar_of(shard), shard.sha256, shard.num_bytes)
+    where = dataset.uri_of(shard)
     if reason:
         yield Problem(where, None, reason)
     raw, reason = _fetch(dataset.storage, shard.index_key, shard.index_sha256)
@@ -128,8 +129,9 @@ def _check_samples(
         return
     by_key = {sample.key: sample for sample in found}
     keys = index.key.to_pylist()
+    listed = set(keys)
     for sample in found:
-        if sample.key not in set(keys):
+        if sample.key not in listed:
             yield Problem(where, printable(sample.key), "is in the tar and not in its index")
     rows = zip(
         keys,
@@ -161,7 +163,7 @@ def _sample_reason(
         return "is in the index and not in its tar"
     if sample is not None and (offset, length) not in {(at, size) for _, at, size in sample.members}:
         return f"the index points at {length} bytes at {offset}, where the tar has no member of it"
-    if sample is not None and (wrong := _label_reason(sample, tar, label)):
+    if sample is not None and (wrong := _label_reason(sample, tar, label, dataset)):
         return wrong
     if label >= max(len(dataset.classes), 1) or label < -1:
         return f"has the label {label}, and the data set has {len(dataset.classes)} classes"
@@ -175,13 +177,15 @@ def _sample_reason(
     return None
 
 
-def _label_reason(sample: TarSample, tar: bytes, label: int) -> str | None:
+def _label_reason(sample: TarSample, tar: bytes, label: int, dataset: Dataset) -> str | None:
+    member = dataset.record.get("preparation", {}).get("label_member", LABEL_EXTENSION)
     for extension, offset, size in sample.members:
-        if extension == "cls":
-            written = tar[offset : offset + size]
-            if written != str(label).encode():
-                return f"the tar gives it the label {written[:20].decode('utf-8', 'replace')!r}, the index {label}"
-            return None
+        if extension == member:
+            written = tar[offset : offset + size].decode("utf-8", "replace").strip()
+            name = dataset.classes[label] if 0 <= label < len(dataset.classes) else None
+            if written == name or written == str(label) or (written.isdecimal() and int(written) == label):
+                return None
+            return f"the tar gives it the label {printable(written[:20])!r}, the index {label}"
     return None if label == -1 else f"the index gives it the label {label}, and the tar none"
 
 
