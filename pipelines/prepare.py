@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -36,6 +37,8 @@ from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
 CLAIM_KEY = "preparation.json"
 DEFAULT_SAMPLES_PER_SHARD = 1024
 Progress = Callable[[int, int], None]
+# of groups that are read as a whole, so many shards' worth are mixed; each is read for as many shards
+_SHARDS_A_WINDOW = 8
 # images of one task that looks for colour
 _IMAGES_A_LOOK = 64
 
@@ -110,7 +113,8 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Which sample goes where. A sample's split is decided by its own key alone, so that it stays when
     others come and go; within a split samples lie in the order of a second hash, which mixes the classes
-    over the shards.
+    over the shards. Where samples come in groups that are read as a whole, groups are taken in the order of a
+    hash, as many as make some shards, and their samples are mixed: every shard then reads few of the groups.
 
     Raises `UserError` if a split would be empty, or would have more shards than samples.
     """
@@ -131,13 +135,28 @@ def plan_shards(
     size = -(-num_train // shard_count) if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD
     plans = []
     for split, chosen in members.items():
-        chosen.sort(key=lambda entry: (keyed_hash(seed, "shard", entry.key), entry.key))
+        window_of = _windows(chosen, seed, size * _SHARDS_A_WINDOW)
+        chosen.sort(
+            key=lambda entry: (window_of[entry.group], keyed_hash(seed, "shard", entry.key), entry.key)
+        )
         count = shard_count if shard_count and split == "train" else -(-len(chosen) // size)
         for number in range(count):
             piece = chosen[number * len(chosen) // count : (number + 1) * len(chosen) // count]
             stem = f"{split}/shard-{number:06d}"
             plans.append(ShardPlan(split, f"{stem}.tar", f"{stem}.index.parquet", tuple(piece)))
     return plans
+
+
+def _windows(entries: Iterable[Entry], seed: int, least: int) -> dict[str, int]:
+    """The window of each group; a window is of at least so many samples, the last one perhaps of fewer."""
+    counts = Counter(entry.group for entry in entries)
+    windows, window, filled = {}, 0, 0
+    for group in sorted(counts, key=lambda group: (keyed_hash(seed, "group", group), group)):
+        windows[group] = window
+        filled += counts[group]
+        if filled >= least:
+            window, filled = window + 1, 0
+    return windows
 
 
 def keyed_hash(seed: int, purpose: str, key: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -77,13 +77,13 @@ def make_shard(recipe: Recipe, job: Job, tell: Callable[[int], None] = lambda sa
     if shard is not None:
         return shard
 
-    def samples() -> Iterator[Sample]:
-        for number, entry in enumerate(plan.entries):
-            made = convert(recipe.reader, entry, recipe.preprocessing, recipe.shape)
-            yield made.sample
-            tell(number + 1)
-
-    packed = pack(samples())
+    samples: dict[str, Sample] = {}
+    # whatever has to be read as a whole is read once, and the samples lie in their order all the same
+    for entry in sorted(plan.entries, key=lambda entry: entry.group):
+        made = convert(recipe.reader, entry, recipe.preprocessing, recipe.shape)
+        samples[entry.key] = made.sample
+        tell(len(samples))
+    packed = pack(samples[entry.key] for entry in plan.entries)
     storage.put(plan.key, packed.tar)
     storage.put(plan.index_key, packed.index)
     return _row(plan, len(packed.tar), sha256(packed.tar), packed.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ from pipelines.source_files import read_range
 from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered, sample_key
 from pipelines.storage import Storage
 
+logger = logging.getLogger(__name__)
+
 _IMAGE = "image"
 _LABEL = "label"
 _KEY = "__key__"
 _CAPTIONS = ("caption", "text", "txt")
 _CACHE_BYTES = 256 * 2**20
+_LARGE_GROUP_BYTES = 2**30
 
 
 class _Ranges(io.RawIOBase):
@@ -141,6 +145,7 @@ def open_parquet(
             )
     image, label = _columns(where, schema, image, label)
     used = {image, _KEY, *([label] if label else [])}
+    _warn_of_large_groups(where, files)
     reader = _ParquetReader(storage, dict(sizes), image, _extensions(where, schema, used))
     labels: list[Any] = []
     places: list[tuple[str, int, int]] = []
@@ -174,7 +179,13 @@ def open_parquet(
 
     classes, numbers = number_labels(where, labels, _class_names(schema, label), name_of)
     entries = [
-        Entry(sample_key(sample), number, name_of(place), places[place])
+        Entry(
+            sample_key(sample),
+            number,
+            name_of(place),
+            places[place],
+            f"{places[place][0]}/{places[place][1]}",
+        )
         for place, (sample, number) in enumerate(zip(sample_keys, numbers, strict=True))
     ]
     return Source(
@@ -186,6 +197,18 @@ def open_parquet(
         fingerprint=fingerprint(_listing(keys, files, sample_keys, numbers)),
         reader=reader,
     )
+
+
+def _warn_of_large_groups(where: str, files: list[pq.ParquetFile]) -> None:
+    groups = [file.metadata.row_group(n) for file in files for n in range(file.metadata.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > _LARGE_GROUP_BYTES:
+        logger.warning(
+            "%s: has row groups of up to %.1f GiB, each of which is read whole for the shards that draw from it: "
+            "smaller ones (row_group_size) take less memory and time",
+            where,
+            largest / 2**30,
+        )
 
 
 def _columns(where: str, schema: pa.Schema, image: str | None, label: str | None) -> tuple[str, str | None]:

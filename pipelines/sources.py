@@ -37,13 +37,15 @@ KINDS = (
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One image of a source: `key` it gets in the data set, `label` (−1 for none), `name` by which it is
-    known, `place` by which its source's reader finds it.
+    known, `place` by which its source's reader finds it, `group` what is read as a whole to get at it (nothing
+    where it can be read alone).
     """
 
     key: str
     label: int
     name: str
     place: Any = None
+    group: str = ""
 
 
 @dataclass(frozen=True)

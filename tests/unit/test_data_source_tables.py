@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from pipelines import source_parquet
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png
-from pipelines.prepare import prepare
+from pipelines.prepare import plan_shards, prepare
+from pipelines.source_parquet import _ParquetReader
 from pipelines.sources import open_source
 from tests.support.data import random_images, write_image
 
@@ -150,6 +153,43 @@ def test_a_label_beyond_the_names_of_the_classes_is_named(tmp_path: Path) -> Non
     assert "has the label 3: the source names 3 classes" in refusal(tmp_path / "a.parquet")
     pq.write_table(table.set_column(1, "label", pa.array([-1] * 20)), tmp_path / "a.parquet")
     assert {entry.label for entry in open_source(str(tmp_path / "a.parquet")).entries} == {-1}
+
+
+def test_a_shard_reads_few_row_groups_and_each_of_them_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 row groups of 5, shards of 5: each window of 8 shards draws from its own row groups."""
+    count = 1000
+    table = pa.table(
+        {"image": [PNGS[n % 20] for n in range(count)], "label": [n * 10 // count for n in range(count)]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    entries = open_source(str(tmp_path / "a.parquet")).entries
+    plans = plan_shards(entries, 0, 0.1, samples_per_shard=5)
+    assert sum(len(plan.entries) for plan in plans) == count
+    train = [plan for plan in plans if plan.split == "train"]
+    groups = [{entry.group for entry in plan.entries} for plan in train]
+    # a window of 8 shards is of 40 samples, which are of 9 row groups or so that have 4.5 in this split
+    readers = Counter(group for found in groups for group in found)
+    assert max(readers.values()) <= 5
+    # the table is sorted by label, and hardly a shard is
+    assert sum(len({entry.label for entry in plan.entries}) > 1 for plan in train) > 0.9 * len(train)
+    read: list[tuple[str, int]] = []
+    original = _ParquetReader._read
+
+    def counting(self: _ParquetReader, key: str, group: int) -> pa.Table:
+        read.append((key, group))
+        return original(self, key, group)
+
+    monkeypatch.setattr(_ParquetReader, "_read", counting)
+    monkeypatch.setattr(source_parquet, "_CACHE_BYTES", 0)
+    prepare(str(tmp_path / "a.parquet"), str(tmp_path / "out"), samples_per_shard=50)
+    per_shard = sum(
+        len({entry.group for entry in plan.entries})
+        for plan in plan_shards(entries, 0, 0.1, samples_per_shard=50)
+    )
+    # beside them the look for colour, once through, and the first image's shape
+    assert len(read) <= per_shard + 200 + 1
 
 
 # ---- NumPy
