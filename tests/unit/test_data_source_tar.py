@@ -174,6 +174,9 @@ def test_wherever_a_tar_is_cut_it_is_refused() -> None:
     ):
         with pytest.raises(TarError, match="cut short"):
             members_of(data[:cut])
+    inside = members_of(data)[1]
+    with pytest.raises(TarError, match=rf"member '{inside.name}' of {inside.size} bytes .* does not fit"):
+        members_of(data[: inside.offset + 10])
 
 
 def test_a_flipped_bit_of_a_header_is_refused_wherever_it_counts() -> None:
