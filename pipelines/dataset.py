@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 
@@ -35,7 +36,8 @@ class DataError(UserError):
 class Shard:
     """One shard of a split: its two objects (keys below the data set's prefix), their hashes, and its size.
 
-    `num_bytes` and `sha256` are the tar's; `count` is its number of samples.
+    A tar that stays where its owner put it has its whole URI as `key`. `num_bytes` and `sha256` are the tar's;
+    `count` is its number of samples.
     """
 
     split: str
@@ -105,6 +107,17 @@ class Dataset:
         if split not in self.splits:
             raise DataError(f"{self.uri}: has no split {split!r}, only {', '.join(sorted(self.splits))}")
         return self.splits[split]
+
+    def tar_of(self, shard: Shard) -> tuple[Storage, str]:
+        """Where a shard's tar lies: below the data set's prefix, or elsewhere."""
+        if "://" not in shard.key:
+            return self.storage, shard.key
+        folder, _, name = shard.key.rpartition("/")
+        return open_storage(folder), name if folder.startswith("s3:") else unquote(name)
+
+    def uri_of(self, shard: Shard) -> str:
+        """The whole address of a shard's tar."""
+        return shard.key if "://" in shard.key else f"{self.uri}/{shard.key}"
 
     def count(self, split: str) -> int:
         """How many samples the split holds."""

@@ -24,3 +24,9 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The error's message folded to one line of at most `limit` characters, for use inside a `UserError`."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(name: str) -> str:
+    """A file's name as text of one line that every terminal and every UTF-8 file takes."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
 # PNG's colour types for which Pillow gives the modes L and RGB, with the number of channels of each
 _CHANNELS_OF_COLOUR_TYPE = {0: 1, 2: 3}
 _HEADER_BYTES = 33
@@ -105,25 +106,74 @@ def png_header(data: bytes) -> tuple[int, int, int, int]:
     return height, width, depth, colour
 
 
+def _png_shape(data: bytes) -> tuple[int, int, int]:
+    height, width, depth, colour = png_header(data)
+    if depth != 8 or colour not in _CHANNELS_OF_COLOUR_TYPE:
+        raise ValueError(f"a PNG of bit depth {depth} and colour type {colour}, not 8-bit grey or RGB")
+    return (_CHANNELS_OF_COLOUR_TYPE[colour], height, width)
+
+
 def decode_png(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The pixels of a stored PNG as uint8 `[C, H, W]`, exactly Pillow's.
 
     Raises `ValueError` with the reason unless it is one still 8-bit grey or RGB image of just this shape. The
     header is compared first, so that a file that claims a huge size costs nothing.
     """
-    height, width, depth, colour = png_header(data)
-    if depth != 8 or colour not in _CHANNELS_OF_COLOUR_TYPE:
-        raise ValueError(f"a PNG of bit depth {depth} and colour type {colour}, not 8-bit grey or RGB")
-    found = (_CHANNELS_OF_COLOUR_TYPE[colour], height, width)
+    found = _png_shape(data)
     if found != tuple(shape):
         raise ValueError(f"an image of shape {list(found)}, not {list(shape)}")
+    pixels = _pixels(data, "PNG")
+    return pixels[None] if len(shape) == 3 and shape[0] == 1 else pixels.transpose(2, 0, 1)
+
+
+def _pixels(data: bytes, kind: str) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
             if getattr(picture, "is_animated", False):
-                raise ValueError("an animated PNG, not a still image")
-            pixels = np.asarray(picture)
+                raise ValueError(f"an animated {kind}, not a still image")
+            return np.asarray(picture)
     except ValueError:
         raise
     except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
-        raise ValueError(f"a broken PNG ({error})") from None
-    return pixels[None] if len(shape) == 3 and shape[0] == 1 else pixels.transpose(2, 0, 1)
+        raise ValueError(f"a broken {kind} ({error})") from None
+
+
+def decode_jpeg(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The pixels of a stored JPEG as uint8 `[C, H, W]`, exactly Pillow's.
+
+    Raises `ValueError` with the reason unless it is one grey or RGB image of just this shape. The header is
+    compared first, so that a file that claims a huge size costs nothing.
+    """
+    found = _jpeg_shape(data)
+    if found != tuple(shape):
+        raise ValueError(f"an image of shape {list(found)}, not {list(shape)}")
+    pixels = _pixels(data, "JPEG")
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int, int]:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+            mode, (width, height), frames = picture.mode, picture.size, getattr(picture, "n_frames", 1)
+    except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
+        raise ValueError(f"a broken JPEG ({error})") from None
+    if mode not in ("L", "RGB") or frames != 1:
+        raise ValueError(f"a JPEG of mode {mode} with {frames} images, not one grey or RGB image")
+    return (1 if mode == "L" else 3, height, width)
+
+
+def stored_shape(data: bytes) -> tuple[int, int, int]:
+    """The shape (C, H, W) that `decode_image` takes this file for, from its header; `ValueError` if none."""
+    if data.startswith(JPEG_SIGNATURE):
+        return _jpeg_shape(data)
+    return _png_shape(data)
+
+
+def decode_image(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The pixels of a stored image, told by its first bytes: `decode_jpeg` or `decode_png`."""
+    return decode_jpeg(data, shape) if data.startswith(JPEG_SIGNATURE) else decode_png(data, shape)
+
+
+def extension_of(data: bytes) -> str:
+    """The extension of a stored image's member: "jpg" for a JPEG, else "png"."""
+    return "jpg" if data.startswith(JPEG_SIGNATURE) else "png"

@@ -1,8 +1,8 @@
-"""From images to a data set: plan, claim the prefix, write shard after shard, commit.
+"""From images to a data set: plan, claim the prefix, write the shards, commit.
 
 Everything follows from (source, options), so whoever comes second, after a kill or at the same time, writes
-the same objects. `preparation.json`, put first and once, says for which source and options a prefix is taken;
-`dataset.json`, put last and once, makes the data set visible.
+the same objects, on however many workers. `preparation.json`, put first and once, says for which source and
+options a prefix is taken; `dataset.json`, put last and once, makes the data set visible.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from pipelines.dataset import (
@@ -27,24 +28,19 @@ from pipelines.dataset import (
     shards_to_parquet,
 )
 from pipelines.errors import UserError
-from pipelines.preprocess import Preprocessing, inspect
-from pipelines.shards import Sample, pack, parse_index, sha256
+from pipelines.prepare_shards import Job, Recipe, ShardPlan, Workers, any_colour, convert, make_shard
+from pipelines.preprocess import Preprocessing
+from pipelines.shards import sha256
 from pipelines.sources import Entry, Source, open_source
 from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
 
 CLAIM_KEY = "preparation.json"
 DEFAULT_SAMPLES_PER_SHARD = 1024
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """A shard that is to be: its split, the keys of its two objects, and its samples in order."""
-
-    split: str
-    key: str
-    index_key: str
-    entries: tuple[Entry, ...]
+# of groups that are read as a whole, so many shards' worth are mixed; each is read for as many shards
+_SHARDS_A_WINDOW = 8
+# images of one task that looks for colour
+_IMAGES_A_LOOK = 64
 
 
 def prepare(
@@ -58,24 +54,28 @@ def prepare(
     shard_count: int | None = None,
     samples_per_shard: int | None = None,
     seed: int = 0,
+    labels: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> Dataset:
     """Make the data set `out` from `source`, or finish it, or find it finished.
 
-    `source`: see `pipelines.sources.open_source`. `image_size`: side of the square to make of every image;
-    None keeps their size, which must then be one. `channels`: 1 or 3; None takes 3 if any image has colour.
-    `levels`: values a channel; None takes the source's own. A sample is held out as test where a hash of
-    (seed, key) falls below `test_fraction`. `shard_count` (of the train split; test shards are about as
-    large) or `samples_per_shard` (1,024 unless said), not both. `progress(done, total)` is called as samples
-    are done.
+    `source`, `labels`, `image`, `label`: see `pipelines.sources.open_source`. `image_size`: side of the square
+    to make of every image; None keeps their size, which must then be one. `channels`: 1 or 3; None takes 3 if
+    any image has colour. `levels`: values a channel; None takes the source's own. A sample is held out as test
+    where a hash of (seed, key) falls below `test_fraction`. `shard_count` (of the train split; test shards are
+    about as large) or `samples_per_shard` (1,024 unless said), not both. `progress(done, total)` is called as
+    samples are done. `workers` makes the shards; without it they are made here, one by one.
 
     Raises `UserError` on a bad option, source or image, and where `out` holds a data set that was made
     otherwise. On a bad image nothing of what was written stays.
     """
     _check_options(test_fraction, shard_count, samples_per_shard)
     storage = open_storage(out)
-    found = open_source(source)
-    preprocessing = _preprocessing(found, image_size, channels, levels)
+    found = open_source(source, labels=labels, image=image, label=label)
+    preprocessing = _preprocessing(found, image_size, channels, levels, workers)
     options = {
         "source": found.kind,
         "source_fingerprint": found.fingerprint,
@@ -85,12 +85,12 @@ def prepare(
         "samples_per_shard": None if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD,
         "seed": seed,
     }
-    if (existing := _finished(storage, options)) is not None:
+    if (existing := finished(storage, options)) is not None:
         return existing
     plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
-    _claim(storage, options)
+    claim(storage, options)
     try:
-        shards, shape = _write_shards(storage, plans, found, preprocessing, progress)
+        shards, shape = _write_shards(storage, plans, found, preprocessing, progress, workers)
     except StorageError:
         raise  # what is written is right, and the next call goes on from it
     except UserError:
@@ -98,8 +98,8 @@ def prepare(
         if not storage.exists(RECORD_KEY):
             _discard(storage, plans)
         raise
-    _commit(storage, found, preprocessing, shape, options, shards)
-    dataset = _finished(storage, options)
+    commit(storage, found.name, shape, preprocessing.levels, found.classes, options, shards)
+    dataset = finished(storage, options)
     assert dataset is not None
     return dataset
 
@@ -113,7 +113,8 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Which sample goes where. A sample's split is decided by its own key alone, so that it stays when
     others come and go; within a split samples lie in the order of a second hash, which mixes the classes
-    over the shards.
+    over the shards. Where samples come in groups that are read as a whole, groups are taken in the order of a
+    hash, as many as make some shards, and their samples are mixed: every shard then reads few of the groups.
 
     Raises `UserError` if a split would be empty, or would have more shards than samples.
     """
@@ -134,13 +135,28 @@ def plan_shards(
     size = -(-num_train // shard_count) if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD
     plans = []
     for split, chosen in members.items():
-        chosen.sort(key=lambda entry: (keyed_hash(seed, "shard", entry.key), entry.key))
+        window_of = _windows(chosen, seed, size * _SHARDS_A_WINDOW)
+        chosen.sort(
+            key=lambda entry: (window_of[entry.group], keyed_hash(seed, "shard", entry.key), entry.key)
+        )
         count = shard_count if shard_count and split == "train" else -(-len(chosen) // size)
         for number in range(count):
             piece = chosen[number * len(chosen) // count : (number + 1) * len(chosen) // count]
             stem = f"{split}/shard-{number:06d}"
             plans.append(ShardPlan(split, f"{stem}.tar", f"{stem}.index.parquet", tuple(piece)))
     return plans
+
+
+def _windows(entries: Iterable[Entry], seed: int, least: int) -> dict[str, int]:
+    """The window of each group; a window is of at least so many samples, the last one perhaps of fewer."""
+    counts = Counter(entry.group for entry in entries)
+    windows, window, filled = {}, 0, 0
+    for group in sorted(counts, key=lambda group: (keyed_hash(seed, "group", group), group)):
+        windows[group] = window
+        filled += counts[group]
+        if filled >= least:
+            window, filled = window + 1, 0
+    return windows
 
 
 def keyed_hash(seed: int, purpose: str, key: str) -> int:
@@ -160,28 +176,37 @@ def _check_options(test_fraction: float, shard_count: int | None, samples_per_sh
 
 
 def _preprocessing(
-    source: Source, image_size: int | None, channels: int | None, levels: int | None
+    source: Source,
+    image_size: int | None,
+    channels: int | None,
+    levels: int | None,
+    workers: Workers | None,
 ) -> Preprocessing:
     levels = source.levels if levels is None else levels
     try:
         if channels is None:
             # a bad option is reported before the files are looked at
             Preprocessing(image_size, 1, levels)
-            # colour data show it at their first image; only grey ones are looked through to the end
-            channels = 3 if any(_channels(source, entry) == 3 for entry in source.entries) else 1
+            channels = 3 if _in_colour(source, workers) else 1
         return Preprocessing(image_size, channels, levels)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _channels(source: Source, entry: Entry) -> int:
-    try:
-        return inspect(source.read(entry))
-    except ValueError as error:
-        raise UserError(f"{entry.name}: {error}") from None
+def _in_colour(source: Source, workers: Workers | None) -> bool:
+    """Colour data show it at their first image; only grey ones are looked through to the end."""
+    if workers is None or any_colour(source.reader, source.entries[:1]):
+        return any_colour(source.reader, source.entries)
+    pieces = (
+        source.entries[start : start + _IMAGES_A_LOOK]
+        for start in range(0, len(source.entries), _IMAGES_A_LOOK)
+    )
+    with contextlib.closing(workers(partial(any_colour, source.reader), pieces)) as looks:
+        return any(colour for _, colour in looks)
 
 
-def _finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
+def finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
+    """The data set that stands there, or None; `UserError` if it was made of another source or otherwise."""
     if not storage.exists(RECORD_KEY):
         return None
     dataset = load_from(storage)
@@ -189,7 +214,7 @@ def _finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
     return dataset
 
 
-def _claim(storage: Storage, options: Mapping[str, Any]) -> None:
+def claim(storage: Storage, options: Mapping[str, Any]) -> None:
     """Take the prefix for this source and these options, or find that it is taken for just them."""
     claim = canonical_json(options)
     try:
@@ -229,77 +254,59 @@ def _write_shards(
     source: Source,
     preprocessing: Preprocessing,
     progress: Progress | None,
+    workers: Workers | None,
 ) -> tuple[list[Shard], tuple[int, int, int]]:
     sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
-    total, done = sum(len(plan.entries) for plan in plans), 0
     # every image must have the shape of the first one, also where an earlier attempt wrote that one
-    shape = _convert(source, plans[0].entries[0], preprocessing, None)[1]
-    shards = []
-    for plan in plans:
-        shard = _written_before(storage, plan, sizes)
-        if shard is None:
-            samples = []
-            for number, entry in enumerate(plan.entries):
-                samples.append(
-                    Sample(entry.key, _convert(source, entry, preprocessing, shape)[0], entry.label)
-                )
-                if progress is not None:
-                    progress(done + number + 1, total)
-            packed = pack(samples)
-            storage.put(plan.key, packed.tar)
-            storage.put(plan.index_key, packed.index)
-            shard = _row(plan, len(packed.tar), sha256(packed.tar), packed.index)
-        shards.append(shard)
-        done += len(plan.entries)
+    shape = convert(source.reader, plans[0].entries[0], preprocessing, None).shape
+    recipe = Recipe(storage, source.reader, preprocessing, shape)
+    jobs = [
+        Job(number, plan, sizes.get(plan.key) if plan.index_key in sizes else None)
+        for number, plan in enumerate(plans)
+    ]
+    total, done = sum(len(plan.entries) for plan in plans), 0
+    shards: dict[int, Shard] = {}
+
+    def tell(samples: int) -> None:
         if progress is not None:
-            progress(done, total)
-    return shards, shape
+            progress(done + samples, total)
+
+    def here() -> Generator[tuple[Job, Shard], None, None]:
+        for job in jobs:
+            yield job, make_shard(recipe, job, tell)
+
+    made = here() if workers is None else workers(partial(make_shard, recipe), jobs)
+    with contextlib.closing(made):
+        for job, shard in made:
+            shards[job.number] = shard
+            done += len(job.plan.entries)
+            tell(0)
+    if workers is not None:
+        _check_arrived(storage, shards.values())
+    return [shards[job.number] for job in jobs], shape
 
 
-def _row(plan: ShardPlan, num_bytes: int, tar_sha256: str, index: bytes) -> Shard:
-    return Shard(
-        plan.split, plan.key, plan.index_key, len(plan.entries), num_bytes, tar_sha256, sha256(index)
-    )
+def _check_arrived(storage: Storage, shards: Iterable[Shard]) -> None:
+    """A folder of one machine is not that of another, and the record must not name what nobody can read."""
+    sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
+    for shard in shards:
+        if sizes.get(shard.key) != shard.num_bytes or shard.index_key not in sizes:
+            raise StorageError(
+                f"{storage.uri}/{shard.key}: was written by a worker and is not to be seen here: write to S3 or to "
+                "a folder that all machines share, or prepare in this process (--local)"
+            )
 
 
-def _written_before(storage: Storage, plan: ShardPlan, sizes: Mapping[str, int]) -> Shard | None:
-    """The shard as an earlier attempt left it: its index is put after the tar, and names size and hash."""
-    if plan.key not in sizes or plan.index_key not in sizes:
-        return None
-    raw = storage.get(plan.index_key)
-    try:
-        index = parse_index(raw)
-    except ValueError:
-        return None
-    same_samples = index.key.to_pylist() == [entry.key for entry in plan.entries]
-    if not same_samples or index.tar_num_bytes != sizes[plan.key]:
-        return None
-    return _row(plan, index.tar_num_bytes, index.tar_sha256, raw)
-
-
-def _convert(
-    source: Source, entry: Entry, preprocessing: Preprocessing, shape: tuple[int, int, int] | None
-) -> tuple[bytes, tuple[int, int, int]]:
-    try:
-        image, found = preprocessing.apply(source.read(entry))
-    except ValueError as error:
-        raise UserError(f"{entry.name}: {error}") from None
-    if shape is not None and found != shape:
-        raise UserError(
-            f"{entry.name}: is {found[2]}×{found[1]} pixels and the first image {shape[2]}×{shape[1]}: "
-            "give image_size to make them one"
-        )
-    return image, found
-
-
-def _commit(
+def commit(
     storage: Storage,
-    source: Source,
-    preprocessing: Preprocessing,
+    name: str,
     shape: tuple[int, int, int],
+    levels: int,
+    classes: tuple[str, ...],
     options: Mapping[str, Any],
     shards: list[Shard],
 ) -> None:
+    """Put the list of shards, then the record, which makes the data set visible."""
     listing = shards_to_parquet(shards)
     storage.put(SHARDS_KEY, listing)
     splits = {}
@@ -309,10 +316,10 @@ def _commit(
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "name": source.name,
+        "name": name,
         "shape": list(shape),
-        "levels": preprocessing.levels,
-        "classes": list(source.classes),
+        "levels": levels,
+        "classes": list(classes),
         "splits": splits,
         "preparation": dict(options),
         "shards_sha256": sha256(listing),

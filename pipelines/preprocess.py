@@ -1,9 +1,9 @@
-"""How an image of any kind becomes the PNG that a data set stores.
+"""How an image of any kind becomes the PNG or JPEG that a data set stores.
 
 In this order: the EXIF orientation is applied; colours become L (ITU-R 601 grey) or RGB, colour profiles
 being ignored; the largest centred square is cut out; it is resized with Pillow's LANCZOS filter, which
-averages over the whole footprint of a pixel when it reduces; values go to the nearest of the levels. A PNG
-that none of this changes keeps its bytes.
+averages over the whole footprint of a pixel when it reduces; values go to the nearest of the levels. A PNG or
+JPEG that none of this changes keeps its bytes; every other image is stored as PNG, which loses nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines.errors import one_line
-from pipelines.images import check_levels, decode_png, encode_png, quantise
+from pipelines.images import check_levels, decode_image, encode_png, quantise
 
 EXIF_ORIENTATION = 0x0112
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -51,7 +51,7 @@ class Preprocessing:
         }
 
     def apply(self, data: bytes) -> tuple[bytes, tuple[int, int, int]]:
-        """The PNG to store for this image file, and its shape (C, H, W).
+        """The PNG or JPEG to store for this image file, and its shape (C, H, W).
 
         Raises `ValueError` with the reason where no right image can be made: no image, cut short, animated,
         more than 8 bits a channel, transparent pixels, or more pixels than Pillow's limit.
@@ -67,7 +67,7 @@ class Preprocessing:
         stored = quantise(pixels, self.levels)
         shape = (stored.shape[0], stored.shape[1], stored.shape[2])
         untouched = upright and plain and resized.size == converted.size and np.array_equal(stored, pixels)
-        if file_format == "PNG" and untouched and _readable(data, shape):
+        if file_format in ("PNG", "JPEG") and untouched and _shows(data, stored):
             return data, shape
         return encode_png(stored), shape
 
@@ -105,6 +105,17 @@ def inspect(data: bytes) -> int:
         return 1 if picture.mode in _GREY_MODES else 3
 
 
+def check_plain(data: bytes) -> None:
+    """Raise `ValueError` with the reason unless this file's pixels, as they are stored, are the whole image: not
+    turned by EXIF, transparent, animated or of more than 8 bits a channel. Only headers are read.
+    """
+    with _open(data, decode=False) as picture:
+        if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            raise ValueError("it is to be turned by its EXIF orientation")
+        if "transparency" in picture.info:
+            raise ValueError("it has a transparent colour")
+
+
 def _open(data: bytes, *, decode: bool = True) -> Image.Image:
     """The image in a file, refused with a reason where its 8-bit pixels would not be the whole of it."""
     if not data:
@@ -140,9 +151,9 @@ def _bits_per_channel(picture: Image.Image, data: bytes) -> int:
     return 8
 
 
-def _readable(data: bytes, shape: tuple[int, int, int]) -> bool:
+def _shows(data: bytes, pixels: NDArray[np.uint8]) -> bool:
+    """Whether the decoder of data sets takes this file, and gives these pixels (uint8 `[C, H, W]`)."""
     try:
-        decode_png(data, shape)
+        return np.array_equal(decode_image(data, (pixels.shape[0], pixels.shape[1], pixels.shape[2])), pixels)
     except ValueError:
         return False
-    return True

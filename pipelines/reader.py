@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ddpm_core import rng
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset, Shard
-from pipelines.images import decode_png, to_model
+from pipelines.images import decode_image, to_model
 from pipelines.order import Order
 from pipelines.shards import ShardIndex, crc32c, parse_index, sha256
 from pipelines.storage import ObjectMissing, Storage
@@ -116,9 +116,9 @@ class ShardReader:
         try:
             if crc32c(data) != loaded.index.crc32c[row]:
                 raise ValueError("its bytes do not have the CRC32C that the index gives")
-            return decode_png(data, self._dataset.shape)
+            return decode_image(data, self._dataset.shape)
         except ValueError as error:
-            where = f"{self._dataset.uri}/{self._shards[shard].key}"
+            where = self._dataset.uri_of(self._shards[shard])
             raise DataError(f"{where}: sample {loaded.index.key[row].as_py()!r}: {error}") from None
 
     def _get(self, shard: int) -> _LoadedShard:
@@ -139,7 +139,7 @@ class ShardReader:
                 raise ValueError("an index of another tar than the data set names")
         except ValueError as error:
             raise DataError(f"{storage.uri}/{shard.index_key}: {error}") from None
-        tar = memoryview(self._fetch(storage, shard.key, shard.sha256))
+        tar = memoryview(self._fetch(*self._dataset.tar_of(shard), shard.sha256))
         spans = zip(index.offset.tolist(), index.length.tolist(), strict=True)
         blob = b"".join(tar[offset : offset + length] for offset, length in spans)
         return _LoadedShard(blob, np.cumsum(index.length), index)

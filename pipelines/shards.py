@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import google_crc32c
 import numpy as np
@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
+
+from pipelines.images import extension_of
 
 INDEX_VERSION = 1
 _BLOCK_BYTES = 512
@@ -32,11 +34,14 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Sample:
-    """`key`: the sample's name in the tar. `image`: PNG bytes. `label`: class number, −1 for none."""
+    """`key`: the sample's name in the tar. `image`: PNG or JPEG bytes. `label`: class number, −1 for none.
+    `members`: further ones by their extension, carried as they are.
+    """
 
     key: str
     image: bytes
     label: int = -1
+    members: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,31 +89,52 @@ def crc32c(data: bytes) -> int:
 def pack(samples: Iterable[Sample]) -> PackedShard:
     """The tar and the index of these samples; the same samples give the same bytes.
 
-    A labelled sample has the members `<key>.cls` (the class number in decimal) and `<key>.png`.
+    A sample's members are `<key>.png` or `<key>.jpg`, `<key>.cls` (the class number in decimal) if it has a
+    label, and the further ones, in the order of their extensions. Raises `ValueError` as `check_members`.
     """
     columns: dict[str, list[str | int]] = {name: [] for name in _SCHEMA.names}
     file = io.BytesIO()
     with TarWriter(file, encoder=False, mtime=0) as writer:
         for sample in samples:
-            members: dict[str, str | bytes] = {"__key__": sample.key, "png": sample.image}
+            image = extension_of(sample.image)
+            check_members(sample.image, sample.label, sample.members)
+            bodies = {**sample.members, image: sample.image}
             if sample.label >= 0:
-                members["cls"] = str(sample.label).encode()
-            writer.write(members)
-            # members go in by name, so the image is the last, and is padded to whole blocks
-            padded = -(-len(sample.image) // _BLOCK_BYTES) * _BLOCK_BYTES
+                bodies["cls"] = str(sample.label).encode()
+            for extension, body in sorted(bodies.items()):
+                writer.write({"__key__": sample.key, extension: body})
+                if extension == image:
+                    # a body is padded to whole blocks
+                    padded = -(-len(body) // _BLOCK_BYTES) * _BLOCK_BYTES
+                    columns["offset"].append(writer.tarstream.offset - padded)
             columns["key"].append(sample.key)
-            columns["offset"].append(writer.tarstream.offset - padded)
             columns["length"].append(len(sample.image))
             columns["label"].append(sample.label)
             columns["crc32c"].append(crc32c(sample.image))
     tar = file.getvalue()
+    return PackedShard(tar, index_of(columns, sha256(tar), len(tar)), len(columns["key"]))
+
+
+def index_of(columns: Mapping[str, Sequence[str | int]], tar_sha256: str, tar_num_bytes: int) -> bytes:
+    """The index with these columns (key, offset, length, label, crc32c) of a tar of this hash and size."""
     metadata = {
         _VERSION_KEY: str(INDEX_VERSION),
-        _TAR_SHA256_KEY: sha256(tar),
-        _TAR_BYTES_KEY: str(len(tar)),
+        _TAR_SHA256_KEY: tar_sha256,
+        _TAR_BYTES_KEY: str(tar_num_bytes),
     }
-    table = pa.table(columns, schema=_SCHEMA.with_metadata(metadata))
-    return PackedShard(tar=tar, index=to_parquet(table), count=len(table))
+    return to_parquet(pa.table(dict(columns), schema=_SCHEMA.with_metadata(metadata)))
+
+
+def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> None:
+    """Raise `ValueError` where a further member would take the place of the image or the label, or has an
+    extension that no reader gives back.
+    """
+    own = (extension_of(image), *(("cls",) if label >= 0 else ()))
+    for extension in members:
+        if extension in own:
+            raise ValueError(f"its further member .{extension} would take the place of its image or label")
+        if not extension or extension[0] in "_." or "/" in extension or extension != extension.lower():
+            raise ValueError(f"its further member {extension!r} has no extension that WebDataset reads")
 
 
 def to_parquet(table: pa.Table) -> bytes:

@@ -1,48 +1,74 @@
-"""Where images come from before they are a data set: the bundled digits, a folder, a zip of a folder."""
+"""Where images come from before they are a data set, and what every kind of source has in common."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError, printable
 from pipelines.images import encode_png
+
+__all__ = ["Entry", "Loaded", "Source", "key_of", "open_source", "printable"]
 
 logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
 DIGIT_LEVELS = 17
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "webp", "gif", "tif", "tiff", "ppm", "pgm")
+SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # a plain tar header holds names of 100 bytes, and ".png" follows the key
 _MAX_KEY_BYTES = 96
-_MAX_MEMBER_BYTES = 2**30
+_MAX_CLASSES = 2**20
+KINDS = (
+    "a folder of images or of .tar or .parquet files, a .zip, .tar, .parquet, .npy or .npz file, "
+    f"the like below s3://BUCKET/PREFIX, or {DIGITS!r}"
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image of a source: `key` it gets in the data set, `label` (−1 for none), `name` by which it is
-    known.
+    known, `place` by which its source's reader finds it, `group` what is read as a whole to get at it (nothing
+    where it can be read alone).
     """
 
     key: str
     label: int
     name: str
+    place: Any = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source holds of one sample: the image file's bytes, and further members by their extension."""
+
+    image: bytes
+    members: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class Reader(Protocol):
+    """Reads entries in any process: it pickles, and opens what it needs where it is."""
+
+    def load(self, entry: Entry) -> Loaded:
+        """Raises `UserError` naming the entry where it can't be read."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """`kind`: "digits", "folder" or "zip". `entries`: sorted by key, keys unique. `fingerprint`: a hash over
-    what the entries are (a folder's names and sizes; a zip's names, sizes and CRCs), by which a second
-    preparation knows its source again. `read(entry)`: the image file's bytes, or `UserError` naming it.
+    """`kind`: "digits", "folder", "zip", "tar", "parquet" or "numpy". `entries`: sorted by key, keys unique.
+    `fingerprint`: a hash over what the entries are (names, sizes, places, labels; a zip's CRCs), by which a
+    second preparation knows its source again.
     """
 
     kind: str
@@ -51,187 +77,186 @@ class Source:
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
     fingerprint: str
-    read: Callable[[Entry], bytes]
+    reader: Reader
+
+    def read(self, entry: Entry) -> bytes:
+        """The image file's bytes, or `UserError` naming it."""
+        return self.reader.load(entry).image
 
 
-def open_source(source: str) -> Source:
-    """The source of this name: "digits" (scikit-learn's 1,797 handwritten digits, 8×8, 17 levels), a folder
-    of images, or a .zip of such a folder.
+def open_source(
+    source: str, *, labels: str | None = None, image: str | None = None, label: str | None = None
+) -> Source:
+    """The source of this name: "digits" (scikit-learn's 1,797 handwritten digits, 8×8, 17 levels); a folder
+    of images, or a .zip of one; Parquet files with image bytes; WebDataset tars; an array of images (.npy,
+    .npz). A folder, an `s3://bucket/prefix` and a pattern such as `a-{000..031}.tar` may hold many files.
 
-    Labels are the names of the sub-folders right below the folder, sorted; images that lie in the folder
-    itself have no label. Hidden files are passed over, and so, with a warning that counts them, are files
-    that are not named like images. Raises `UserError` if there is no image, if only some have a label, or if
-    two images would get the same key.
+    `labels`: a table (CSV or Parquet) with the columns `file` and `label`, for a folder or a zip; for a .npy
+    file another one with the labels. `image` and `label`: the column, array or member's extension that holds
+    the image and the label, where it is not the usual one.
+
+    Raises `UserError` if there is no image, if only some have a label, or if two images would get the same
+    key.
     """
+    # each kind has imports of its own that no other needs
     if source == DIGITS:
+        _refuse_options("digits", labels=labels, image=image, label=label)
         return _digits()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return _zip(path)
-    raise UserError(
-        f"source: {source} does not exist: give a folder of images, a .zip of such a folder, or {DIGITS!r}"
-    )
+    if source.startswith("pipe:"):
+        raise UserError(f"source: {source}: a pipe: address would run a program, and is not taken")
+    if "://" in source and not source.startswith(("s3://", "file://")):
+        raise UserError(f"source: {source}: is not taken; give {KINDS}")
+    if source.lower().endswith((".npy", ".npz")):
+        from pipelines.source_numpy import open_arrays
+
+        return open_arrays(Path(source).expanduser(), labels, image, label)
+    from pipelines.source_files import find, folder, open_zip
+
+    found = find(source)
+    if found.kind == "tar":
+        from pipelines.source_tar import open_tars
+
+        _refuse_options("tar", labels=labels)
+        return open_tars(found.storage, found.keys, found.name, found.where, image, label)
+    if found.kind == "parquet":
+        from pipelines.source_parquet import open_parquet
+
+        _refuse_options("parquet", labels=labels)
+        return open_parquet(found.storage, found.keys, found.name, found.where, image, label)
+    _refuse_options(found.kind, image=image, label=label)
+    if found.kind == "zip":
+        return open_zip(Path(source).expanduser(), labels)
+    return folder(found, labels)
+
+
+def _refuse_options(kind: str, **options: str | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"--{name} {value}: means nothing to a source of kind {kind}")
+
+
+@dataclass(frozen=True)
+class _DigitReader:
+    def load(self, entry: Entry) -> Loaded:
+        return Loaded(encode_png(self._values[entry.place][None]))
+
+    @cached_property
+    def _values(self) -> Any:
+        # scikit-learn takes a second to import, and no other source needs it
+        from sklearn.datasets import load_digits
+
+        return np.rint(load_digits().images * 255.0 / (DIGIT_LEVELS - 1)).astype(np.uint8)
 
 
 def _digits() -> Source:
-    # scikit-learn takes a second to import, and no other source needs it
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
-    values = np.rint(bundle.images * 255.0 / (DIGIT_LEVELS - 1)).astype(np.uint8)
+    reader = _DigitReader()
     entries = tuple(
-        Entry(f"digit-{number:04d}", int(label), f"digit {number}")
+        Entry(f"digit-{number:04d}", int(label), f"digit {number}", number)
         for number, label in enumerate(bundle.target)
     )
-    numbers = {entry.key: number for number, entry in enumerate(entries)}
     return Source(
         kind=DIGITS,
         name=DIGITS,
         levels=DIGIT_LEVELS,
         classes=tuple(str(name) for name in bundle.target_names),
         entries=entries,
-        fingerprint=hashlib.sha256(values.tobytes() + bundle.target.astype("<i8").tobytes()).hexdigest(),
-        read=lambda entry: encode_png(values[numbers[entry.key]][None]),
+        fingerprint=hashlib.sha256(
+            reader._values.tobytes() + bundle.target.astype("<i8").tobytes()
+        ).hexdigest(),
+        reader=reader,
     )
 
 
-def _folder(root: Path) -> Source:
-    try:
-        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in _walk(root, ())}
-    except OSError as error:
-        where = printable(str(error.filename or root))
-        raise UserError(f"source: {where}: {error.strerror or one_line(error)}") from None
+def number_labels(
+    where: str,
+    labels: Sequence[str | int | None],
+    names: Sequence[str] | None = None,
+    name_of: Any = str,
+) -> tuple[tuple[str, ...], list[int]]:
+    """The classes of these labels, and each label as the number of its class (−1 where there is no label).
 
-    def read(name: str) -> bytes:
-        try:
-            return (root / name).read_bytes()
-        except OSError as error:
-            raise UserError(f"{printable(str(root / name))}: {error.strerror or one_line(error)}") from None
-
-    return _collect("folder", root.resolve().name or "images", str(root), sizes, read)
-
-
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Every file below `folder`; links to folders are followed, except to one that the link lies in."""
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    with os.scandir(folder) as items:
-        for item in sorted(items, key=lambda item: item.name):
-            if item.name.startswith("."):
-                continue
-            if item.is_dir():
-                yield from _walk(Path(item.path), (*above, here))
-            else:
-                yield Path(item.path)
-
-
-def _zip(path: Path) -> Source:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    Numbers (also as text) stay as they are, and their classes are `names` or "0", "1", …; texts are numbered
+    in their order. `name_of(place)` says which one is at fault. Raises `UserError` if only some have a label
+    (None, or the number −1), or if a number has no class.
+    """
+    known = [None if value in (None, -1, "-1") else value for value in labels]
+    absent = sum(value is None for value in known)
+    if absent == len(known):
+        return (), [-1] * len(known)
+    if absent:
         raise UserError(
-            f"source: {path} is neither a folder nor a readable zip ({one_line(error, 120)})"
-        ) from None
-    members = _members(path, archive)
-    # most zips hold one folder with everything in it, which is no class
-    tops = {name.partition("/")[0] for name in members}
-    prefix = f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in members) else ""
-
-    def read(name: str) -> bytes:
-        info = members[prefix + name]
-        where = f"{path}/{printable(info.filename)}"
-        if info.file_size > _MAX_MEMBER_BYTES:
-            raise UserError(f"{where}: claims {info.file_size} bytes, which is no image")
-        try:
-            return archive.read(info)
-        except Exception as error:  # noqa: BLE001  each compression method raises errors of its own
-            raise UserError(f"{where}: cannot be unpacked ({one_line(error, 120)})") from None
-
-    known = {name.removeprefix(prefix): f"{info.file_size}/{info.CRC:08x}" for name, info in members.items()}
-    return _collect("zip", path.stem, str(path), known, read)
-
-
-def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The files in a zip by their names, without hidden ones and those that macOS adds."""
-    members: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        name = printable(info.filename)
-        parts = PurePosixPath(info.filename).parts
-        if not parts or parts[0] == "/" or ".." in parts:
-            raise UserError(f"source: {path}: its member {name!r} points outside the zip")
-        if info.is_dir() or parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
-            continue
-        if info.filename in members:
-            raise UserError(f"source: {path}: holds two members named {name!r}")
-        members[info.filename] = info
-    return members
-
-
-def _collect(
-    kind: str, name: str, where: str, files: Mapping[str, object], read: Callable[[str], bytes]
-) -> Source:
-    """The source made of these files: names relative to its root, each with what is known of its content."""
-    where = printable(where)
-    images = sorted(name for name in files if PurePosixPath(name).suffix.lower() in SUFFIXES)
-    if not images:
-        found = f"{len(files)} other files" if files else "nothing"
-        raise UserError(f"source: {where} holds no image, but {found}: images end in {', '.join(SUFFIXES)}")
-    if len(images) < len(files):
-        other = sorted(set(files) - set(images))
-        logger.warning(
-            "%s: passed over %d files that are not named like images, such as %s",
-            where,
-            len(other),
-            printable(other[0]),
+            f"source: {where}: {absent} of {len(known)} images such as {name_of(known.index(None))} have no "
+            "label: give all of them one, or none"
         )
-    label_of = _labels(where, images)
-    entries: dict[str, Entry] = {}
-    paths: dict[str, str] = {}
-    for image in images:
-        key = key_of(image)
-        entry = Entry(key, label_of.get(image.partition("/")[0], -1), f"{where}/{printable(image)}")
-        if key in entries:
+    texts = [str(value) for value in known]
+    if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
+        wrong = next(
+            (n for n, value in enumerate(known) if isinstance(value, int) and not 0 <= value < _MAX_CLASSES),
+            None,
+        )
+        if wrong is not None:
             raise UserError(
-                f"source: {entries[key].name} and {entry.name} would both be the sample {key!r}: rename one"
+                f"source: {where}: {name_of(wrong)} has the label {texts[wrong]}, which is no class"
             )
-        entries[key], paths[key] = entry, image
-    listing = "\n".join(f"{os.fsencode(image)!r} {files[image]}" for image in images)
-    return Source(
-        kind=kind,
-        name=printable(name),
-        levels=256,
-        classes=tuple(printable(name) for name in label_of),
-        entries=tuple(entries[key] for key in sorted(entries)),
-        fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
-        read=lambda entry: read(paths[entry.key]),
-    )
-
-
-def _labels(where: str, images: Iterable[str]) -> dict[str, int]:
-    """The number of each class, by the folder of that name, in the order of their names."""
-    tops = Counter(image.partition("/")[0] if "/" in image else "" for image in images)
-    if "" in tops and len(tops) > 1:
-        loose = next(image for image in images if "/" not in image)
-        raise UserError(
-            f"source: {where}: {tops['']} images such as {printable(loose)} lie beside the class folders and "
-            "would have no label: move them into a folder, or put all images into one"
+        classes = sorted(set(texts))
+        numbers = {name: number for number, name in enumerate(classes)}
+        return tuple(printable(name) for name in classes), [numbers[text] for text in texts]
+    values = [int(text) for text in texts]
+    largest = max(values)
+    if largest >= (_MAX_CLASSES if names is None else len(names)):
+        known_classes = (
+            f"the source names {len(names)} classes" if names is not None else "is no class's number"
         )
-    return {name: number for number, name in enumerate(sorted(name for name in tops if name))}
+        raise UserError(
+            f"source: {where}: {name_of(values.index(largest))} has the label {largest}: {known_classes}"
+        )
+    return tuple(printable(name) for name in names or map(str, range(largest + 1))), values
+
+
+def ordered(where: str, entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """The entries by key; `UserError` if two share one."""
+    result = sorted(entries, key=lambda entry: entry.key)
+    for one, two in pairwise(result):
+        if one.key == two.key:
+            raise UserError(
+                f"source: {one.name} and {two.name} would both be the sample {one.key!r}: rename one"
+            )
+    if not result:
+        raise UserError(f"source: {where} holds no image")
+    return tuple(result)
+
+
+def fingerprint(lines: Iterable[str]) -> str:
+    """SHA-256 of the lines."""
+    digest = hashlib.sha256()
+    for number, line in enumerate(lines):
+        digest.update(f"\n{line}".encode() if number else line.encode())
+    return digest.hexdigest()
+
+
+def warn_passed_over(where: str, names: Sequence[str], what: str) -> None:
+    if names:
+        logger.warning(
+            "%s: passed over %d %s, such as %s", where, len(names), what, printable(sorted(names)[0])
+        )
 
 
 def key_of(path: str) -> str:
-    """The sample key of an image's relative path: the path without its suffix, in a form that every reader of
-    WebDataset takes.
+    """The sample key of an image's relative path: the path without its suffix, as `sample_key` spells it."""
+    return sample_key(str(PurePosixPath(path).with_suffix("")))
+
+
+def sample_key(name: str) -> str:
+    """This name in a form that every reader of WebDataset takes as a key.
 
     Such a reader splits a name at the first dot of its last part, and passes over names that look like its
     own `__meta__` entries; so these and control characters are percent-encoded. A key that is too long for a
     plain tar header ends in a hash of the whole instead.
     """
-    folder, _, base = str(PurePosixPath(path).with_suffix("")).rpartition("/")
+    folder, _, base = name.rpartition("/")
     base = base.replace("%", "%25").replace(".", "%2E")
     key = f"{folder.replace('%', '%25')}/{base}" if folder else base
     # what is not UTF-8 in a file's name arrives as lone surrogates
@@ -244,9 +269,3 @@ def key_of(path: str) -> str:
     head = raw[: _MAX_KEY_BYTES - 1 - len(digest)].decode(errors="ignore")
     # a dot of a folder's name may now stand in the last part
     return f"{head.replace('.', '_')}~{digest}"
-
-
-def printable(name: str) -> str:
-    """A file's name as text of one line that every terminal and every UTF-8 file takes."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
@@ -17,9 +20,12 @@ import webdataset
 from pipelines.adapters.s3 import S3Storage
 from pipelines.dataset import DataError, Dataset
 from pipelines.errors import UserError
+from pipelines.index_only import index_tars
 from pipelines.prepare import prepare
 from pipelines.reader import StreamBatches, read_split
+from pipelines.shards import Sample, pack
 from pipelines.storage import StorageError, open_storage
+from pipelines.verify import verify
 from tests.support.data import random_images, write_image
 from tests.support.s3 import S3Server, client
 
@@ -148,3 +154,62 @@ def test_a_bucket_that_is_not_there_is_named(bucket: str, photos: Path) -> None:
         prepare(str(photos), "s3://nowhere/x")
     with pytest.raises(StorageError, match="no bucket 'nowhere'"):
         Dataset.load("s3://nowhere/x")
+
+
+def put_sources(bucket: str, photos: Path) -> None:
+    """The photos three times over: as files, as Parquet and as tars, each below a prefix of its own."""
+    storage = open_storage(f"s3://{bucket}/raw")
+    files = sorted(path for path in photos.rglob("*.png"))
+    names = [path.relative_to(photos).as_posix() for path in files]
+    for path, name in zip(files, names, strict=True):
+        storage.put(f"files/{name}", path.read_bytes())
+    storage.put("files/.hidden/x.png", b"x")
+    with io.BytesIO() as file:
+        table = pa.table({"image": [path.read_bytes() for path in files], "label": [n[:3] for n in names]})
+        pq.write_table(table, file, row_group_size=50)
+        storage.put("parquet/all.parquet", file.getvalue())
+    for number in range(3):
+        piece = list(zip(files, names, strict=True))[number::3]
+        packed = pack(
+            Sample(name[:-4], path.read_bytes(), int(name[0] == "c"), {"txt": name.encode()})
+            for path, name in piece
+        )
+        storage.put(f"tars/{number:02d}.tar", packed.tar)
+
+
+def test_sources_on_s3_give_what_they_give_on_a_disk(bucket: str, photos: Path, tmp_path: Path) -> None:
+    put_sources(bucket, photos)
+    from_files = prepare(f"s3://{bucket}/raw/files", str(tmp_path / "files"), samples_per_shard=16)
+    here = prepare(str(photos), str(tmp_path / "here"), samples_per_shard=16)
+    assert [shard.sha256 for shard in from_files.shards("train")] == [s.sha256 for s in here.shards("train")]
+    tars = prepare(f"s3://{bucket}/raw/tars/{{00..02}}.tar", str(tmp_path / "tars"), samples_per_shard=16)
+    assert [s[0] for s in read_split(tars, "test")] == [s[0] for s in read_split(here, "test")]
+    parquet = prepare(f"s3://{bucket}/raw/parquet", str(tmp_path / "parquet"), samples_per_shard=16)
+    assert parquet.classes == ("cat", "grö")
+    for dataset in (tars, parquet):
+        found = sorted(
+            image.tobytes() for split in dataset.splits for _, image, _ in read_split(dataset, split)
+        )
+        assert found == sorted(
+            image.tobytes() for split in here.splits for _, image, _ in read_split(here, split)
+        )
+    with pytest.raises(UserError, match=r"raw/tars/07\.tar does not exist"):
+        prepare(f"s3://{bucket}/raw/tars/07.tar", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="holds no image"):
+        prepare(f"s3://{bucket}/nothing", str(tmp_path / "none"))
+
+
+def test_tars_on_s3_are_indexed_where_they_are(bucket: str, photos: Path, tmp_path: Path) -> None:
+    put_sources(bucket, photos)
+    before = open_storage(f"s3://{bucket}/raw/tars").list()
+    for out in (f"s3://{bucket}/indexed", f"s3://{bucket}/raw", str(tmp_path / "out")):
+        dataset = index_tars(f"s3://{bucket}/raw/tars", out)
+        keys = {shard.key for split in dataset.splits for shard in dataset.shards(split)}
+        prefix = "tars/" if out.endswith("/raw") else f"s3://{bucket}/raw/tars/"
+        assert keys == {f"{prefix}{number:02d}.tar" for number in range(3)}
+        assert sum(1 for split in dataset.splits for _ in read_split(dataset, split)) == 120
+        assert verify(dataset, deep=True).problems == ()
+    assert open_storage(f"s3://{bucket}/raw/tars").list() == before
+    open_storage(f"s3://{bucket}/raw").delete(["tars/01.tar"])
+    said = [str(problem) for problem in verify(Dataset.load(f"s3://{bucket}/indexed")).problems]
+    assert said == [f"s3://{bucket}/raw/tars/01.tar: is missing"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.images import decode_png, encode_png, quantise, to_model, to_uint8
+from pipelines.images import decode_image, decode_png, encode_png, quantise, to_model, to_uint8
 from pipelines.preprocess import EXIF_ORIENTATION, Preprocessing, inspect
 from tests.support.data import image_bytes, random_images
 
@@ -117,6 +117,41 @@ def test_decode_png_refuses_every_other_file_with_its_reason(data: bytes, reason
         decode_png(data, (1, 8, 8))
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_is_decoded_to_pillows_pixels(mode: str) -> None:
+    shape = (len(mode), 12, 16)
+    picture = Image.effect_noise((16, 12), 90).convert(mode)
+    data = image_bytes(picture, "JPEG")
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(
+        decode_image(data, shape), pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (image_bytes(GREY, "JPEG")[:3], "broken JPEG"),
+        (image_bytes(GREY, "JPEG")[:-20], "broken JPEG"),
+        (image_bytes(GREY.resize((8, 9)), "JPEG"), r"shape \[1, 9, 8\], not \[1, 8, 8\]"),
+        (image_bytes(GREY.convert("RGB"), "JPEG"), r"shape \[3, 8, 8\], not \[1, 8, 8\]"),
+        (image_bytes(GREY.convert("CMYK"), "JPEG"), "mode CMYK"),
+        (image_bytes(GREY, "MPO", save_all=True, append_images=[GREY]), "2 images"),
+    ],
+)
+def test_decode_image_refuses_every_other_jpeg_with_its_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode_image(data, (1, 8, 8))
+
+
+def test_a_jpeg_bomb_is_refused_from_its_header() -> None:
+    small = bytearray(image_bytes(GREY, "JPEG"))
+    at = small.index(b"\xff\xc0") + 5
+    small[at : at + 4] = struct.pack(">HH", 9000, 9000)
+    with pytest.raises(ValueError, match=r"shape \[1, 9000, 9000\]"):
+        decode_image(bytes(small), (1, 8, 8))
+
+
 def test_a_png_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = png_of(60000, 60000, 8, 0, b"\0" * 1000)
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("the bomb was opened"))
@@ -128,8 +163,8 @@ def test_a_png_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch) 
 
 
 def stored(data: bytes, image_size: int | None = None, channels: int = 3, levels: int = 256) -> np.ndarray:
-    png, shape = Preprocessing(image_size, channels, levels).apply(data)
-    return decode_png(png, shape)
+    made, shape = Preprocessing(image_size, channels, levels).apply(data)
+    return decode_image(made, shape)
 
 
 def test_a_png_that_needs_no_change_keeps_its_bytes_and_another_does_not() -> None:
@@ -141,6 +176,35 @@ def test_a_png_that_needs_no_change_keeps_its_bytes_and_another_does_not() -> No
     # the same pixels out of another container are stored as PNG
     assert np.array_equal(stored(image_bytes(picture, "BMP")), decode_png(original, (3, 16, 16)))
     assert Preprocessing(None, 3, levels=17).apply(original)[0] != original
+
+
+def test_a_jpeg_that_needs_no_change_keeps_its_bytes_and_another_becomes_a_png() -> None:
+    picture = Image.fromarray(random_images(1, (3, 16, 16))[0].transpose(1, 2, 0))
+    original = image_bytes(picture, "JPEG", quality=70, progressive=True)
+    for image_size in (None, 16):
+        assert Preprocessing(image_size, 3).apply(original) == (original, (3, 16, 16))
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 1
+    upright = image_bytes(picture, "JPEG", exif=exif.tobytes())
+    assert Preprocessing(None, 3).apply(upright) == (upright, (3, 16, 16))
+    exif[EXIF_ORIENTATION] = 3
+    for options, data in (
+        ((8, 3), original),
+        ((None, 1), original),
+        ((None, 3, 17), original),
+        ((None, 3), image_bytes(picture, "JPEG", exif=exif.tobytes())),
+        ((None, 3), image_bytes(picture.convert("CMYK"), "JPEG")),
+        ((None, 3), image_bytes(picture.convert("L"), "JPEG")),
+        ((None, 3), image_bytes(picture, "MPO", save_all=True, append_images=[picture])),
+    ):
+        made, shape = Preprocessing(*options).apply(data)
+        assert made.startswith(b"\x89PNG")
+        assert decode_png(made, shape).shape == shape
+    # losslessly: the pixels are those of the JPEG
+    turned = np.asarray(Image.open(io.BytesIO(image_bytes(picture, "JPEG"))))[::-1, ::-1]
+    assert np.array_equal(
+        stored(image_bytes(picture, "JPEG", exif=exif.tobytes())), turned.transpose(2, 0, 1)
+    )
 
 
 def test_an_image_is_cropped_about_its_centre_and_then_resized_by_lanczos() -> None:

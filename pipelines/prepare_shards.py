@@ -1,0 +1,131 @@
+"""Making one shard of a data set, in whichever process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from pipelines.dataset import Shard
+from pipelines.errors import UserError
+from pipelines.preprocess import Preprocessing, inspect
+from pipelines.shards import Sample, check_members, pack, parse_index, sha256
+from pipelines.sources import Entry, Reader
+from pipelines.storage import Storage
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Workers(Protocol):
+    """Does tasks side by side, in other processes."""
+
+    def __call__(
+        self, work: Callable[[Task], Result], tasks: Iterable[Task]
+    ) -> Generator[tuple[Task, Result], None, None]:
+        """Each task with its result, in the order in which they get done; `work` and the tasks pickle.
+
+        When it ends, also by an error of a task (which it raises) or by being closed, no task is running.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard that is to be: its split, the keys of its two objects, and its samples in order."""
+
+    split: str
+    key: str
+    index_key: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What making a shard needs besides its plan. `shape`: that of every image."""
+
+    storage: Storage
+    reader: Reader
+    preprocessing: Preprocessing
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to make. `num_bytes`: the tar's size where an earlier attempt left tar and index."""
+
+    number: int
+    plan: ShardPlan
+    num_bytes: int | None
+
+
+def any_colour(reader: Reader, entries: Sequence[Entry]) -> bool:
+    for entry in entries:
+        data = reader.load(entry).image
+        try:
+            if inspect(data) == 3:
+                return True
+        except ValueError as error:
+            raise UserError(f"{entry.name}: {error}") from None
+    return False
+
+
+def make_shard(recipe: Recipe, job: Job, tell: Callable[[int], None] = lambda samples: None) -> Shard:
+    """Put the two objects of a shard, unless they are there; `tell(n)` is called as n samples are done."""
+    storage, plan = recipe.storage, job.plan
+    shard = None if job.num_bytes is None else _written_before(storage, plan, job.num_bytes)
+    if shard is not None:
+        return shard
+
+    samples: dict[str, Sample] = {}
+    # whatever has to be read as a whole is read once, and the samples lie in their order all the same
+    for entry in sorted(plan.entries, key=lambda entry: entry.group):
+        made = convert(recipe.reader, entry, recipe.preprocessing, recipe.shape)
+        samples[entry.key] = made.sample
+        tell(len(samples))
+    packed = pack(samples[entry.key] for entry in plan.entries)
+    storage.put(plan.key, packed.tar)
+    storage.put(plan.index_key, packed.index)
+    return _row(plan, len(packed.tar), sha256(packed.tar), packed.index)
+
+
+def _row(plan: ShardPlan, num_bytes: int, tar_sha256: str, index: bytes) -> Shard:
+    return Shard(
+        plan.split, plan.key, plan.index_key, len(plan.entries), num_bytes, tar_sha256, sha256(index)
+    )
+
+
+def _written_before(storage: Storage, plan: ShardPlan, num_bytes: int) -> Shard | None:
+    """The shard as an earlier attempt left it: its index is put after the tar, and names size and hash."""
+    raw = storage.get(plan.index_key)
+    try:
+        index = parse_index(raw)
+    except ValueError:
+        return None
+    same_samples = index.key.to_pylist() == [entry.key for entry in plan.entries]
+    if not same_samples or index.tar_num_bytes != num_bytes:
+        return None
+    return _row(plan, index.tar_num_bytes, index.tar_sha256, raw)
+
+
+@dataclass(frozen=True)
+class Converted:
+    sample: Sample
+    shape: tuple[int, int, int]
+
+
+def convert(
+    reader: Reader, entry: Entry, preprocessing: Preprocessing, shape: tuple[int, int, int] | None
+) -> Converted:
+    loaded = reader.load(entry)
+    try:
+        image, found = preprocessing.apply(loaded.image)
+        check_members(image, entry.label, loaded.members)
+    except ValueError as error:
+        raise UserError(f"{entry.name}: {error}") from None
+    if shape is not None and found != shape:
+        raise UserError(
+            f"{entry.name}: is {found[2]}×{found[1]} pixels and the first image {shape[2]}×{shape[1]}: "
+            "give image_size to make them one"
+        )
+    return Converted(Sample(entry.key, image, entry.label, loaded.members), found)

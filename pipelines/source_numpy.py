@@ -1,0 +1,145 @@
+"""Arrays of images as a source: .npy, or .npz with labels and further arrays beside the images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.errors import UserError, one_line, printable
+from pipelines.images import encode_png
+from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered
+
+_IMAGES = ("images", "image", "x", "data", "arr_0")
+_LABELS = ("labels", "label", "y", "arr_1")
+
+
+def _load(path: Path, what: str) -> dict[str, Any]:
+    """The arrays of a file by name (that of a .npy is "images"), without unpickling anything."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"images": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # noqa: BLE001  a broken file raises whatever zipfile and zlib raise
+        reason = getattr(error, "strerror", None) or one_line(error, 120)
+        raise UserError(f"{what}{printable(str(path))}: can't be read as NumPy arrays ({reason})") from None
+
+
+@dataclass
+class _ArrayReader:
+    path: Path
+    images: str
+    others: tuple[str, ...]
+    _arrays: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "images": self.images, "others": self.others, "_arrays": None}
+
+    def load(self, entry: Entry) -> Loaded:
+        if self._arrays is None:
+            self._arrays = _load(self.path, "")
+        pixels = np.asarray(self._arrays[self.images][entry.place])
+        image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        members = {f"{name.lower()}.npy": _npy(self._arrays[name][entry.place]) for name in self.others}
+        return Loaded(encode_png(image), members)
+
+
+def _npy(value: Any) -> bytes:
+    with io.BytesIO() as file:
+        np.save(file, np.asarray(value), allow_pickle=False)
+        return file.getvalue()
+
+
+def open_arrays(path: Path, labels: str | None, image: str | None, label: str | None) -> Source:
+    """The images of an array of uint8 [N, H, W] or [N, H, W, C] with C = 1 or 3, each with the key of its
+    number.
+
+    Of a .npz, the images are the array `image`, or the first there of images, image, x, data, arr_0; the labels
+    (int or text [N]) the array `label`, or the first of labels, label, y, arr_1. Its other arrays of N rows are
+    carried, a row as the member NAME.npy. `labels`: a .npy file with the labels.
+    """
+    where = printable(str(path))
+    arrays = _load(path, "source: ")
+    chosen = _choose(where, arrays, image, _IMAGES, "--image")
+    if chosen is None:
+        raise UserError(
+            f"source: {where}: has the arrays {', '.join(arrays) or 'none'}: say with --image NAME which holds "
+            "the images"
+        )
+    pixels = arrays.pop(chosen)
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim not in (3, 4)
+        or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3))
+    ):
+        raise UserError(
+            f"source: {where}: array {chosen!r} must be uint8 [N, H, W] or [N, H, W, 1 or 3], got "
+            f"{pixels.dtype} {list(pixels.shape)}"
+        )
+    if 0 in pixels.shape:
+        raise UserError(f"source: {where}: array {chosen!r} of shape {list(pixels.shape)} holds no image")
+    if labels is not None:
+        if label is not None:
+            raise UserError(f"--labels {labels}, --label {label}: give one of them")
+        values = next(iter(_load(Path(labels).expanduser(), "--labels ").values()), None)
+    else:
+        named = _choose(where, arrays, label, _LABELS, "--label")
+        values = None if named is None else arrays.pop(named)
+    count = len(pixels)
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != count:
+            raise UserError(
+                f"source: {where}: array {name!r} has the shape {list(array.shape)}, and there are {count} images"
+            )
+    classes, numbers = number_labels(
+        where, _label_values(where, values, count), name_of=lambda n: f"image {n}"
+    )
+    reader = _ArrayReader(path.absolute(), chosen, tuple(sorted(arrays)), {chosen: pixels, **arrays})
+    # the whole content, since two arrays of one shape have one size
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
+    for name in reader.others:
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    width = len(str(count - 1))
+    return Source(
+        kind="numpy",
+        name=printable(path.stem),
+        levels=256,
+        classes=classes,
+        entries=ordered(
+            where,
+            (
+                Entry(f"image-{number:0{width}d}", class_number, f"{where}[{number}]", number)
+                for number, class_number in enumerate(numbers)
+            ),
+        ),
+        fingerprint=fingerprint(
+            [digest.hexdigest(), f"{pixels.shape} {reader.others}", *classes, *map(str, numbers)]
+        ),
+        reader=reader,
+    )
+
+
+def _choose(
+    where: str, arrays: dict[str, Any], asked: str | None, usual: tuple[str, ...], option: str
+) -> str | None:
+    if asked is None:
+        return next((name for name in usual if name in arrays), None)
+    if asked not in arrays:
+        raise UserError(f"{option} {asked}: {where} has the arrays {', '.join(arrays) or 'none'}")
+    return asked
+
+
+def _label_values(where: str, values: Any, count: int) -> list[Any]:
+    if values is None:
+        return [None] * count
+    if values.shape != (count,) or values.dtype.kind not in "iuU":
+        raise UserError(
+            f"source: {where}: labels must be integers or texts [{count}], got {values.dtype} {list(values.shape)}"
+        )
+    return list(values.tolist())
