@@ -37,6 +37,13 @@ _MAX_FILES_OF_A_PATTERN = 2**20
 _SUFFIX_OF_KIND = {"tar": ".tar", "parquet": ".parquet"}
 
 
+class _Files(FileStorage):
+    """Files that a walk of a folder found, whose names may be any bytes and not the Unicode of an object's key."""
+
+    def _path(self, key: str) -> Path:
+        return self._root / key
+
+
 @dataclass(frozen=True)
 class Found:
     """What an address means: `keys` below `storage`, each with its size."""
@@ -57,7 +64,7 @@ def find(source: str) -> Found:
     try:
         if path.is_dir():
             sizes = {name.relative_to(path).as_posix(): name.stat().st_size for name in _walk(path, ())}
-            return _of_kind(FileStorage(path), sizes, path.resolve().name or "images", where)
+            return _of_kind(_Files(path), sizes, path.resolve().name or "images", where)
     except OSError as error:
         at = printable(str(error.filename or path))
         raise UserError(f"source: {at}: {error.strerror or one_line(error)}") from None
@@ -70,12 +77,12 @@ def find(source: str) -> Found:
         sizes = {
             Path(name).absolute().relative_to(root).as_posix(): Path(name).stat().st_size for name in names
         }
-        return _of_kind(FileStorage(Path(root)), sizes, Path(root).name, where)
+        return _of_kind(_Files(Path(root)), sizes, Path(root).name, where)
     if not path.is_file():
         raise UserError(f"source: {where} does not exist: give {KINDS}")
     kind = _kind_of_file(path.name)
     keys = {path.name: path.stat().st_size}
-    return Found(kind, FileStorage(path.absolute().parent), keys, path.stem, where)
+    return Found(kind, _Files(path.absolute().parent), keys, path.stem, where)
 
 
 def _kind_of_file(name: str) -> Literal["zip", "tar", "parquet"]:
