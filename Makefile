@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench bench-core test-k8s clean
+.PHONY: help install demo test lint format bench bench-core bench-data test-k8s clean
 
 help:
 	@echo "make demo      the whole way on handwritten digits, on this machine alone"
@@ -13,6 +13,7 @@ help:
 	@echo "make format    rewrite the sources as the linter wants them"
 	@echo "make bench     speed, as ratios to a named peer or limit"
 	@echo "make bench-core  ddpm_core against diffusers: training steps, sampling, share of the peak"
+	@echo "make bench-data  reading images against webdataset, Ray Data and decoding alone, from disk and S3"
 	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
 	@echo "make clean     stop the local stack and remove what was made here"
 
@@ -43,6 +44,9 @@ bench: install
 
 bench-core: install
 	@$(BIN)/python -m tests.bench.bench_core
+
+bench-data: install
+	@$(BIN)/python -m tests.bench.bench_data
 
 test-k8s: install
 	@$(BIN)/python -m pytest -m k8s
