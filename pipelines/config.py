@@ -45,8 +45,8 @@ class DataConfig(Section):
     cache_bytes: Annotated[int, Field(ge=2**20)] = 256 * 2**20
     """Memory for shards, a worker."""
     disk_cache: str = "auto"
-    """A folder for a cache that the workers of a node share; none; or auto: under the system's temporary folder, and
-    none where the data are files."""
+    """A folder for a cache that the workers of a node share; none; or auto: under the system's temporary folder,
+    and none where the data are files."""
     disk_cache_bytes: Positive = 10 * 2**30
     """What it may hold, a node."""
     decode_threads: Positive = 1

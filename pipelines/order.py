@@ -7,9 +7,11 @@ epochs stream m has read C_m(e) = ⌊(e·N + m)/M⌋ samples, and Σ_m C_m(e) = 
 differ by one sample at most, and no stream ever runs ahead.
 
 How even the shuffle is: within an epoch a sample may stand at any place of its shard's stretch of the line,
-and the shard at any place among the shards. Two samples of one shard stay within a shard's length of each
-other, which is why `prepare` mixes the classes over the shards, and a global batch reads M places of the
-line.
+and the shard at any place among the shards. From one epoch to the next a sample moves as far as in uniform
+shuffling (0.97 to 1.03 of a third of the epoch, measured on 1,000 shards). What differs is that two samples of
+one shard stay within a shard's length of each other: in batches of 80 from 100 shards of 50, pairs from one shard
+are 50 times as many as in uniform shuffling with 1 stream, 3.8 times with 20, and next to none with 80. That is why
+`prepare` mixes the classes over the shards. The tests in tests/property/test_order_scale.py measure this.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ddpm_core import rng
 from pipelines.bad_samples import BadSamples
+from pipelines.buffers import Buffers
 from pipelines.dataset import DataError, Dataset
 from pipelines.images import to_model
 from pipelines.order import Order
@@ -135,7 +136,7 @@ class StreamBatches:
             flip=flip,
             as_bytes=as_bytes,
             channels_last=channels_last,
-            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            buffers=Buffers(pin=torch.cuda.is_available() if pin_memory is None else pin_memory),
         )
         self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=prefetch)
         self._stopped = threading.Event()
@@ -199,7 +200,7 @@ class _Plan:
     flip: bool
     as_bytes: bool
     channels_last: bool
-    pin_memory: bool
+    buffers: Buffers
     standing: dict[int, int] = field(default_factory=dict)
     """The shard that each stream was last seen in."""
 
@@ -215,7 +216,7 @@ class _Plan:
         index = torch.from_numpy(position * self.order.num_streams + stream)
         where = self.order.locate(stream, position)
         channels, height, width = self.shape
-        images = torch.empty((len(position), height, width, channels), dtype=torch.uint8)
+        images = self.buffers.tensor((len(position), height, width, channels))
         label, weight = self._gather(where.shard, where.sample, images.numpy())
         self._look_ahead(stream, int(position[-1]), int(where.shard[-1]))
         if self.flip:
@@ -223,28 +224,24 @@ class _Plan:
             images[mirrored] = images[mirrored].flip(-2)
         return MicroBatch(
             stream,
-            *(
-                self._pinned(tensor)
-                for tensor in (
-                    torch.from_numpy(position),
-                    index,
-                    self._collated(images),
-                    torch.from_numpy(label),
-                    torch.from_numpy(weight),
-                )
-            ),
+            torch.from_numpy(position),
+            index,
+            self._collated(images),
+            torch.from_numpy(label),
+            torch.from_numpy(weight),
         )
-
-    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self.pin_memory else tensor
 
     def _collated(self, images: torch.Tensor) -> torch.Tensor:
         """`[b, H, W, C]` bytes as asked for: `[b, C, H, W]`, which is the same memory, or put in order."""
         if not self.channels_last:
             # before bytes become numbers, which are four times as many bytes
-            ordered = torch.from_numpy(np.ascontiguousarray(images.permute(0, 3, 1, 2).numpy()))
-            return ordered if self.as_bytes else to_model(ordered, self.levels)
-        return (images if self.as_bytes else to_model(images, self.levels)).permute(0, 3, 1, 2)
+            batch, height, width, channels = images.shape
+            ordered = self.buffers.tensor((batch, channels, height, width))
+            np.copyto(ordered.numpy(), images.numpy().transpose(0, 3, 1, 2))
+            images = ordered
+        if not self.as_bytes:
+            images = to_model(images, self.levels, self.buffers.tensor(tuple(images.shape), torch.float32))
+        return images.permute(0, 3, 1, 2) if self.channels_last else images
 
     def _gather(
         self, shard: NDArray[np.int64], row: NDArray[np.int64], images: NDArray[np.uint8]
