@@ -5,6 +5,7 @@ At its paper's largest size (latents of 4 × 32 × 32, patches of 2, 1152 channe
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class DiTConfig(NetworkConfig):
 
     The image is cut into (image_size / patch_size)² patches, each a token of hidden_size channels; depth blocks
     follow, with num_heads heads and a hidden layer of mlp_ratio · hidden_size.
+    kind: what tells this configuration from another network's where both are plain values.
     Raises ValueError naming the field that is out of range.
     """
 
@@ -32,9 +34,11 @@ class DiTConfig(NetworkConfig):
     depth: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
+    kind: Literal["dit"] = "dit"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.kind == "dit", "kind", "'dit'", self.kind)
         require(self.patch_size >= 1, "patch_size", "at least 1", self.patch_size)
         require(
             self.image_size >= 1 and self.image_size % self.patch_size == 0,

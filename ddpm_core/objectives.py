@@ -38,6 +38,7 @@ class ObjectiveConfig:
     variance_type: σ_t² in the bound. "learned_range" needs a network of twice the channels, and a loss that trains
     them; "hybrid" needs "learned_range".
     timestep_sampling: "uniform", or "loss_second_moment" (`ddpm_core.timesteps.LossMoments`).
+    label_dropout: the share of labels that a network with classes is not told (`drop_labels`).
     Fields that the chosen loss and weighting do not name are ignored. Raises ValueError naming the field that is
     wrong.
     """
@@ -53,6 +54,7 @@ class ObjectiveConfig:
     vlb_weight: float = 0.001
     variance_type: TrainedVariance = "fixed_small"
     timestep_sampling: TimestepSampling = "uniform"
+    label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type)
@@ -66,6 +68,7 @@ class ObjectiveConfig:
         for name in ("p2_gamma", "vlb_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, "at least 0 and finite", value)
+        require(0 <= self.label_dropout < 1, "label_dropout", "at least 0 and below 1", self.label_dropout)
         learned = self.variance_type == "learned_range"
         require(
             learned or self.loss != "hybrid",

@@ -75,9 +75,9 @@ def draw_by_probability(probabilities: Tensor, seed: int, index: Tensor) -> tupl
         require(low >= 0, "probabilities", "at least 0", low)
         require(total == 1.0, "probabilities", "multiples of 2**-32 that sum to 1", total)
     table = probabilities.to(index.device)
-    t = torch.searchsorted(
-        table.cumsum(0), rng.uniform(seed, "importance timestep", index, dtype=torch.float64), right=True
-    )
+    # contiguous, or torch warns the user of a copy
+    place = rng.uniform(seed, "importance timestep", index, dtype=torch.float64).contiguous()
+    t = torch.searchsorted(table.cumsum(0), place, right=True)
     return t, 1.0 / (table.shape[0] * table[t])
 
 

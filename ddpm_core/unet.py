@@ -5,6 +5,7 @@ The CIFAR-10 configuration of the paper (image_size=32, in_channels=3, the other
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +38,7 @@ class UNetConfig(NetworkConfig):
     or as many as head_channels gives, each with that many channels.
     scale_shift_norm: the noise level scales and shifts behind the second norm of a residual block, where by
     default it shifts before it.
+    kind: what tells this configuration from another network's where both are plain values.
     Raises ValueError naming the field that is out of range.
     """
 
@@ -49,9 +51,11 @@ class UNetConfig(NetworkConfig):
     scale_shift_norm: bool = field(default=False, kw_only=True)
     num_heads: int = field(default=1, kw_only=True)
     head_channels: int | None = field(default=None, kw_only=True)
+    kind: Literal["unet"] = field(default="unet", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.kind == "unet", "kind", "'unet'", self.kind)
         mults = self.channel_mults
         require(len(mults) >= 1 and min(mults) >= 1, "channel_mults", "one or more positive integers", mults)
         divisor = 2 ** (len(mults) - 1)

@@ -44,7 +44,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE.yaml",
-        help="the configuration; digits.yaml and cifar10.yaml come with the program",
+        help="the configuration; digits.yaml, cifar10.yaml and cifar10-improved.yaml come with the program",
     )
     parser.add_argument(
         "--set",

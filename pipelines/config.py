@@ -11,22 +11,33 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from ddpm_core.dit import DiTConfig
 from ddpm_core.objectives import ObjectiveConfig
+from ddpm_core.posthoc_ema import MAX_SIGMA_REL, MIN_SIGMA_REL
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
+from pipelines import config_checks
 from pipelines.errors import UserError, one_line
+from pipelines.precision import Precision
+from pipelines.telling import validated
 
 FORMAT_VERSION = 1
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Positive = Annotated[int, Field(ge=1)]
+Network = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[DiTConfig, Tag("dit")],
+    Discriminator(
+        lambda value: value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", None)
+    ),
+]
+"""Either network, told apart by `kind`, which need not be said of a U-Net."""
 
 
 class Section(BaseModel):
@@ -85,6 +96,37 @@ class EMAConfig(Section):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     warmup: bool = True
     """Average over a shorter past at the start: the decay is at most (1 + step) / (10 + step)."""
+    half_life_images: Annotated[float, Field(gt=0)] | None = None
+    """In place of decay and warmup: after so many images a weight's share has halved."""
+    ramp_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Of half_life_images: it is at most this share of the images seen."""
+    power_sigma_rels: tuple[float, ...] = ()
+    """Lengths of power-function averages kept beside, from which any length can be made afterwards."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> EMAConfig:
+        if self.half_life_images is None:
+            if self.ramp_ratio is not None:
+                raise ValueError(f"ramp_ratio: must be null without half_life_images, got {self.ramp_ratio}")
+        else:
+            # a configuration that was read from a checkpoint names every field, hence by value
+            for name, default in (("decay", 0.9999), ("warmup", True)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: must be left out beside half_life_images, got {getattr(self, name)}"
+                    )
+        for number, sigma_rel in enumerate(self.power_sigma_rels):
+            if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL or sigma_rel in self.power_sigma_rels[:number]:
+                raise ValueError(
+                    f"power_sigma_rels: must be different lengths between {MIN_SIGMA_REL} and "
+                    f"{MAX_SIGMA_REL:.4f} (12**-0.5), got {sigma_rel}"
+                )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """As plain values to hash; what came later counts only where it is not at its default."""
+        later = ("half_life_images", "ramp_ratio", "power_sigma_rels")
+        return self.model_dump(mode="json", exclude={name for name in later if not getattr(self, name)})
 
 
 class TrainConfig(Section):
@@ -99,6 +141,8 @@ class TrainConfig(Section):
     checkpoint_every: Positive = 5000
     keep_checkpoints: Positive = 3
     """The newest ones that stay; the best one always stays."""
+    precision: Precision = "auto"
+    """What the network computes in: auto is bfloat16 on a GPU that has it and float32 elsewhere."""
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
@@ -112,7 +156,8 @@ class TrainConfig(Section):
 class BoundConfig(Section):
     """How the variational bound is estimated on held-out images."""
 
-    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    """learned_range for a model with learned_variance, and for that alone."""
     num_strata: Positive = 8
     """Timesteps drawn an image, one from each of this many equal parts of 1..T−1."""
     num_images: Positive = 1024
@@ -130,6 +175,10 @@ class SampleConfig(Section):
     seed: int = 0
     checkpoint: Annotated[str, Field(coerce_numbers_to_str=True)] = "best"
     """best (lowest held-out bits/dim), latest, a step number, or the URI of a checkpoint."""
+    labels: tuple[int, ...] = ()
+    """Of a model with classes: image i is of class labels[i mod length]; with none given of i mod num_classes."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: 1 asks for the class, 0 for none, above 1 exaggerates it."""
 
     @model_validator(mode="after")
     def _whole_batches(self) -> SampleConfig:
@@ -193,7 +242,7 @@ class Config(Section):
     data: DataConfig
     prepare: PrepareConfig = PrepareConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    model: UNetConfig
+    model: Network
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
@@ -208,21 +257,10 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _workers_have_work(self) -> Config:
-        if self.workers.num > self.train.micro_batches:
-            raise ValueError(
-                f"workers.num: must be at most train.micro_batches {self.train.micro_batches}, "
-                f"got {self.workers.num}; each worker takes whole micro-batches"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _the_network_has_no_variance(self) -> Config:
-        if self.objective.variance_type == "learned_range":
-            raise ValueError(
-                "objective.variance_type: must be 'fixed_small' or 'fixed_large', got 'learned_range'; the network "
-                "of model has no channels for a variance"
-            )
+    def _sections_agree(self) -> Config:
+        found = config_checks.mistakes(self)
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
     def training_identity(self, dataset_identity: str) -> dict[str, Any]:
@@ -238,10 +276,11 @@ class Config(Section):
             "schedule": self.schedule.identity(),
             "model": self.model.identity(),
             "optimizer": self.optimizer.model_dump(mode="json"),
-            "ema": self.ema.model_dump(mode="json"),
+            "ema": self.ema.identity(),
             "batch_size": self.train.batch_size,
             "micro_batches": self.train.micro_batches,
             **({"objective": objective} if objective else {}),
+            **({} if self.train.precision == "auto" else {"precision": self.train.precision}),
         }
 
     def run_name(self, dataset_identity: str) -> str:
@@ -301,53 +340,6 @@ def parse_config(
     if mistakes:
         raise UserError("\n".join(mistakes))
     return validated(Config, values, where)
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validated(model: type[Model], values: Any, where: str) -> Model:
-    """`values` as a `model`, or a `UserError` with a line for each wrong field."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        lines = (f"{where}: {_told(problem, model)}" for problem in error.errors())
-        raise UserError("\n".join(lines)) from None
-
-
-def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        message = f"no such setting{_suggestion(problem['loc'], model)}"
-    elif problem["type"] == "missing":
-        message = "is required and missing"
-    elif problem["type"] == "value_error":
-        # a check over several fields names its field itself
-        field = (
-            f"{field}.{message.split(':')[0]}" if field and ":" in message else field or message.split(":")[0]
-        )
-        message = message.partition(": ")[2] or message
-    else:
-        message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
-    return f"{field}: {message}"
-
-
-def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    import difflib
-
-    names: list[str] = list(model.model_fields)
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or field.annotation is None:
-            return ""
-        section: Any = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            model, names = section, list(section.model_fields)
-        else:
-            names = list(getattr(section, "__dataclass_fields__", {}))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

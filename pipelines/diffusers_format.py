@@ -28,11 +28,14 @@ from ddpm_core.diffusers_weights import (
     unet_from_diffusers,
     unet_to_diffusers,
 )
+from ddpm_core.predictions import PredictionType
+from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import Schedule, ScheduleConfig
 from ddpm_core.unet import UNetConfig
+from pipelines.config import Network
 from pipelines.errors import UserError, one_line
 
-Kind = Literal["ancestral", "ddim"]
+Kind = Literal["ancestral", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde"]
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
@@ -43,22 +46,65 @@ _PICKLE = "diffusion_pytorch_model.bin"
 _KINDS: dict[Kind, tuple[str, str]] = {
     "ancestral": ("DDPMPipeline", "DDPMScheduler"),
     "ddim": ("DDIMPipeline", "DDIMScheduler"),
+    # the pipeline that takes any scheduler as it is
+    "dpm_solver_pp_2m": ("DDPMPipeline", "DPMSolverMultistepScheduler"),
+    "dpm_solver_pp_2m_sde": ("DDPMPipeline", "DPMSolverMultistepScheduler"),
 }
-# both visit timestep T−1; DDIMScheduler takes every step for T // num_steps long, as only trailing ones are
-_SPACING: dict[Kind, str] = {"ancestral": "linspace", "ddim": "trailing"}
+_ALGORITHMS: dict[Kind, str] = {"dpm_solver_pp_2m": "dpmsolver++", "dpm_solver_pp_2m_sde": "sde-dpmsolver++"}
+_SOLVER = {
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+    "euler_at_final": False,
+    "use_karras_sigmas": False,
+}
+_PREDICTIONS: dict[PredictionType, Prediction] = {"eps": "epsilon", "x_start": "sample", "v": "v_prediction"}
+_NO_LIMIT = 1e9
+# all visit timestep T−1; DDIMScheduler takes every step for T // num_steps long, as only trailing ones are
+_SPACING: dict[Kind, str] = {
+    "ancestral": "linspace",
+    "ddim": "trailing",
+    "dpm_solver_pp_2m": "trailing",
+    "dpm_solver_pp_2m_sde": "trailing",
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a pipeline makes images: which sampler, what the network predicts, σ_t², whether x̂_0 is clipped.
 
-    variance is the ancestral sampler's; "learned_range" needs a network with learned_variance.
+    variance is the ancestral sampler's; "learned_range" needs a network with learned_variance. threshold_quantile:
+    dynamic thresholding in place of clipping, which `import_pipeline` does not read.
     """
 
     kind: Kind = "ddim"
     prediction: Prediction = "epsilon"
     variance: Variance = "fixed_large"
     clip: bool = True
+    threshold_quantile: float | None = None
+
+
+def sampling_of(sampler: SamplerConfig, prediction_type: PredictionType) -> Sampling:
+    """Our sampler as a scheduler of diffusers; which timesteps are visited is said when images are made.
+
+    Raises `UserError` naming the field that diffusers has no counterpart for.
+    """
+    if sampler.kind == "heun":
+        raise UserError(f"sampler.kind: must be {', '.join(map(repr, _KINDS))} to be exported, got 'heun'")
+    if sampler.variance_type == "analytic":
+        raise UserError("sampler.variance_type: must be another one to be exported, got 'analytic'")
+    thresholds = sampler.threshold_quantile is not None
+    if sampler.kind in _ALGORITHMS and sampler.clip and not thresholds:
+        raise UserError(
+            f"sampler.clip: must be false to export {sampler.kind}, which diffusers does not clip, got True"
+        )
+    return Sampling(
+        sampler.kind,
+        _PREDICTIONS[prediction_type],
+        sampler.variance_type if sampler.kind == "ancestral" else "fixed_large",
+        sampler.clip and not thresholds,
+        sampler.threshold_quantile,
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +119,7 @@ class ImportedPipeline:
 
 def export_pipeline(
     folder: str | Path,
-    config: UNetConfig,
+    config: Network,
     tensors: Mapping[str, Tensor],
     schedule: Schedule,
     sampling: Sampling,
@@ -84,16 +130,31 @@ def export_pipeline(
     """
     target = Path(folder)
     check_target(target)
+    if not isinstance(config, UNetConfig):
+        raise UserError(f"model.kind: must be 'unet' to be exported (as {CLASS_NAME}), got {config.kind!r}")
+    if config.num_classes is not None:
+        raise UserError(
+            f"model.num_classes: must be null to be exported, got {config.num_classes}; the pipelines of diffusers "
+            f"ask a {CLASS_NAME} for no class"
+        )
     if (sampling.variance == "learned_range") != config.learned_variance and sampling.kind == "ancestral":
         raise UserError(
             f"variance: {sampling.variance}, but model.learned_variance is {str(config.learned_variance).lower()}"
         )
-    if sampling.kind == "ddim" and config.learned_variance:
-        raise UserError(
-            "model.learned_variance: DDIMScheduler has no place for it; export with kind ancestral"
-        )
     pipeline_class, scheduler_class = _KINDS[sampling.kind]
-    unet = _told("model", lambda: unet_to_diffusers(config))
+    if sampling.kind != "ancestral" and config.learned_variance:
+        raise UserError(
+            f"model.learned_variance: {scheduler_class} has no place for it; export with kind ancestral"
+        )
+    if sampling.kind in _ALGORITHMS and schedule.ends_without_signal:
+        raise UserError(
+            f"sampler.kind: {sampling.kind} can't be exported with a schedule that ends without signal (zero "
+            f"terminal SNR), for which {scheduler_class} has no number; ancestral and ddim can"
+        )
+    try:
+        unet = unet_to_diffusers(config)
+    except ValueError as error:
+        raise UserError(f"model.{one_line(error)}") from None
     state = _told("weights", lambda: state_to_diffusers(config, tensors))
     index = {"scheduler": ["diffusers", scheduler_class], "unet": ["diffusers", CLASS_NAME]}
     try:
@@ -168,17 +229,24 @@ def _scheduler(schedule: Schedule, sampling: Sampling) -> dict[str, Any]:
         "num_train_timesteps": schedule.num_timesteps,
         "beta_start": float(schedule.betas[0]),
         "beta_end": float(schedule.betas[-1]),
-        "clip_sample": sampling.clip,
-        "clip_sample_range": 1.0,
         "prediction_type": sampling.prediction,
-        "thresholding": False,
+        "thresholding": sampling.threshold_quantile is not None,
         "rescale_betas_zero_snr": False,
         "steps_offset": 0,
         "timestep_spacing": _SPACING[sampling.kind],
     }
+    if sampling.threshold_quantile is not None:
+        values |= {
+            "dynamic_thresholding_ratio": sampling.threshold_quantile,
+            "sample_max_value": _NO_LIMIT,
+        }
+    if sampling.kind in _ALGORITHMS:
+        values |= {**_SOLVER, "algorithm_type": _ALGORITHMS[sampling.kind]}
+    else:
+        values |= {"clip_sample": sampling.clip, "clip_sample_range": 1.0}
     if sampling.kind == "ancestral":
         values["variance_type"] = sampling.variance
-    else:
+    elif sampling.kind == "ddim":
         values["set_alpha_to_one"] = True
     betas = schedule.betas.cpu()
     for name, table in _named(float(betas[0]), float(betas[-1]), len(betas)).items():
@@ -209,10 +277,15 @@ def _from_scheduler(values: Mapping[str, Any], where: Path) -> tuple[Schedule, S
         return value
 
     classes = {scheduler: kind for kind, (_, scheduler) in _KINDS.items()}
-    kind = classes[need("_class_name", None, *classes)]
+    kind: Kind = classes[need("_class_name", None, *classes)]
+    if kind in _ALGORITHMS:
+        algorithms = {algorithm: solver for solver, algorithm in _ALGORITHMS.items()}
+        kind = algorithms[need("algorithm_type", "dpmsolver++", *algorithms)]
+        for name, value in _SOLVER.items():
+            need(name, value, value)
     need("thresholding", False, False)
     need("rescale_betas_zero_snr", False, False)
-    clip = need("clip_sample", True, True, False)
+    clip = kind not in _ALGORITHMS and need("clip_sample", True, True, False)
     if clip:
         need("clip_sample_range", 1.0, 1.0)
     prediction = need("prediction_type", "epsilon", *get_args(Prediction))
@@ -221,7 +294,7 @@ def _from_scheduler(values: Mapping[str, Any], where: Path) -> tuple[Schedule, S
         # _log is the same variance taken by way of its logarithm
         accepted = (*get_args(Variance), "fixed_small_log", "fixed_large_log")
         variance = need("variance_type", "fixed_small", *accepted).removesuffix("_log")
-    else:
+    elif kind == "ddim":
         need("set_alpha_to_one", True, True)
     return _betas(values, where, need), Sampling(kind, prediction, variance, clip)
 

@@ -322,7 +322,7 @@ def draw(
 def _frames(model: Any, schedule: Any, recipe: Recipe) -> list[tuple[int, Pixels, Pixels]]:
     """The way of image 0 from noise to image."""
     steps = trajectory(
-        model,
+        recipe.asked(model, schedule, [0], torch.device("cpu")),
         schedule,
         recipe.sampler,
         seed=recipe.settings.seed,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_core.networks import build_network
 from ddpm_core.schedules import Schedule
-from ddpm_core.unet import UNet, UNetConfig
 from pipelines.checkpoints import Checkpoints
+from pipelines.config import Network
 from pipelines.train import Run
 
-# weights, gradient, Adam's two moments, EMA: float32 each
-_STATE_BYTES_A_PARAMETER = 5 * 4
+# float32
+_BYTES_A_PARAMETER = 4
 _MIB = 2**20
 
 
@@ -21,7 +22,9 @@ def training_plan(run: Run) -> str:
     train_images, test_images = dataset.count("train"), dataset.count("test")
     parameters, activations = network_bytes(config.model)
     micro_batch = settings.batch_size // settings.micro_batches
-    state = parameters * _STATE_BYTES_A_PARAMETER
+    # weights, gradient, Adam's two moments, EMA
+    copies = 5 + len(config.ema.power_sigma_rels)
+    state = parameters * copies * _BYTES_A_PARAMETER
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0
     schedule = Schedule.from_config(config.schedule)
@@ -46,13 +49,13 @@ def training_plan(run: Run) -> str:
     return "\n".join([*lines, *(f"warning    {warning}" for warning in schedule.warnings())])
 
 
-def network_bytes(config: UNetConfig) -> tuple[int, int]:
+def network_bytes(config: Network) -> tuple[int, int]:
     """Number of parameters, and bytes that one image's forward pass keeps for the backward pass.
 
     Traced on the meta device: shapes only, nothing is computed or allocated.
     """
     with torch.device("meta"):
-        model = UNet(config)
+        model = build_network(config)
     kept: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -63,7 +66,8 @@ def network_bytes(config: UNetConfig) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device="meta")
-        model(x, torch.zeros(1, dtype=torch.int64, device="meta"))
+        noise_level = torch.int64 if config.conditioning == "timestep" else torch.float32
+        model(x, torch.zeros(1, dtype=noise_level, device="meta"))
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     activations = sum(num_bytes for key, (_, num_bytes) in kept.items() if key not in weights)
     return sum(parameter.numel() for parameter in model.parameters()), activations

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ddpm_core.networks import build_network
 from ddpm_core.predictions import PredictionType
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
-from ddpm_core.unet import UNet
+from ddpm_core.types import EpsTheta
 from pipelines.checkpoints import Checkpoint, open_checkpoint
-from pipelines.config import Config, SampleConfig, digest, validated
+from pipelines.conditioning import conditioned, fitted
+from pipelines.config import Config, SampleConfig, digest
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png, to_uint8
 from pipelines.records import (
@@ -37,11 +39,14 @@ from pipelines.records import (
 )
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import ObjectMissing, Storage, open_storage
+from pipelines.telling import validated
 
 FORMAT_VERSION = 1
 RECORD = "samples.json"
 
 _READ_IN_A_MOMENT_BYTES = 64 * 2**20
+_WITHOUT_EFFECT = ("gradient_checkpointing",)
+"""Settings of a model that change nothing of its output."""
 
 
 class SampleSetError(RecordError):
@@ -90,9 +95,15 @@ class Recipe:
     levels: int
     prediction_type: PredictionType = "eps"
     """What the checkpoint's network predicts, which its identity implies."""
+    num_classes: int | None = None
+    """How many classes it knows, which its identity implies too."""
 
     def identity(self) -> dict[str, Any]:
-        return {
+        labels = self.labels
+        conditional = (
+            {"labels": list(labels), "guidance_scale": self.settings.guidance_scale} if labels else {}
+        )
+        return conditional | {
             "format_version": FORMAT_VERSION,
             "checkpoint": self.checkpoint_identity,
             "sampler": self.sampler.identity(),
@@ -103,6 +114,24 @@ class Recipe:
             "shape": list(self.shape),
             "levels": self.levels,
         }
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """What the network is told of images 0, 1, …, over and over; empty where it has no classes."""
+        return () if self.num_classes is None else self.settings.labels or tuple(range(self.num_classes))
+
+    def label(self, number: int) -> int:
+        """The class that an image is of, −1 for none."""
+        told = self.labels[number % len(self.labels)] if self.labels else self.num_classes
+        return -1 if told is None or told == self.num_classes else told
+
+    def asked(
+        self, model: nn.Module, schedule: Schedule, index: Sequence[int], device: torch.device
+    ) -> EpsTheta:
+        """The network as these images ask it."""
+        labels = self.labels
+        told = torch.tensor([labels[i % len(labels)] for i in index], device=device) if labels else None
+        return conditioned(model, schedule, told, self.settings.guidance_scale)
 
     def set_name(self) -> str:
         return f"{self.name}-{digest(self.identity())[:10]}"
@@ -117,10 +146,12 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     mistakes = []
     for section in ("schedule", "model", "objective"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
+        # networks of different kinds have different settings, and the kind says it all
+        keys = ["kind"] if section == "model" and ours["kind"] != theirs["kind"] else list(ours)
         mistakes += [
-            f"{section}.{key}: {value}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
-            for key, value in ours.items()
-            if value != theirs[key]
+            f"{section}.{key}: {ours[key]}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
+            for key in keys
+            if ours[key] != theirs[key] and key not in _WITHOUT_EFFECT
         ]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -134,11 +165,12 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
         config.name,
         checkpoint.uri,
         checkpoint.identity,
-        config.sampler,
+        fitted(config.sampler, trained.model),
         config.sample,
         (channels, size, size),
         levels,
         trained.objective.prediction_type,
+        trained.model.num_classes,
     )
 
 
@@ -150,7 +182,7 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
 def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Module, Schedule]:
     """The averaged network of a checkpoint, for evaluation, and its noise schedule."""
     config = checkpoint_config(checkpoint)
-    model = UNet(config.model)
+    model = build_network(config.model)
     model.load_state_dict(checkpoint.read("ema"))
     return model.to(device).eval().requires_grad_(False), Schedule.from_config(config.schedule).to(device)
 
@@ -170,7 +202,7 @@ def make_images(
             part = list(index[start : start + size])
             padded = part + [part[-1]] * (size - len(part))
             x = sample(
-                model,
+                recipe.asked(model, schedule, padded, device),
                 schedule,
                 recipe.sampler,
                 seed=recipe.settings.seed,
@@ -234,7 +266,8 @@ class SampleSet:
         numbers = unit_range(recipe, unit)
         assert len(numbers) == len(images)
         packed = pack(
-            Sample(f"{number:09d}", encode_png(image)) for number, image in zip(numbers, images, strict=True)
+            Sample(f"{number:09d}", encode_png(image), recipe.label(number))
+            for number, image in zip(numbers, images, strict=True)
         )
         stem = f"shard-{unit:06d}-{uuid.uuid4().hex[:12]}"
         parts = ((f"{stem}.tar", packed.tar), (f"{stem}.index.parquet", packed.index))

@@ -9,18 +9,19 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_core.bound import BoundAccumulator, BoundEstimate
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import SamplerConfig, sample
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints, step_name
+from pipelines.conditioning import conditioned, fitted, network_labels
 from pipelines.config import Config, digest
 from pipelines.dataset import Dataset
 from pipelines.disk_cache import fetch_through
@@ -70,6 +71,7 @@ def open_run(config: Config) -> Run:
             f"model.in_channels: {config.model.in_channels}, but the images of {config.data.uri} "
             f"have {channels} channels"
         )
+    mistakes += _wrong_classes(config, dataset)
     if mistakes:
         raise UserError("\n".join(mistakes))
     for split in ("train", "test"):
@@ -77,6 +79,18 @@ def open_run(config: Config) -> Run:
             raise UserError(f"{config.data.uri}: its {split} split is empty")
     name = config.run_name(dataset.identity)
     return Run(config, dataset, name, open_storage(config.storage).child("runs", name))
+
+
+def _wrong_classes(config: Config, dataset: Dataset) -> list[str]:
+    told, there = config.model.num_classes, len(dataset.classes)
+    if told is None or told == there:
+        return []
+    if not there:
+        return [
+            f"model.num_classes: {told}, but the images of {config.data.uri} have no classes; prepare them from a "
+            "folder with a sub-folder a class"
+        ]
+    return [f"model.num_classes: {told}, but the images of {config.data.uri} are of {there} classes"]
 
 
 def claim(run: Run) -> None:
@@ -250,12 +264,13 @@ class _Clock:
 
 
 def held_out_bound(
-    dataset: Dataset, config: Config, model: Any, world: World, num_images: int | None
+    dataset: Dataset, config: Config, model: nn.Module, world: World, num_images: int | None
 ) -> BoundEstimate:
     """The bound of a network on held-out images, bits/dim; the workers share the images and the result."""
     total = dataset.count("test")
     total = total if num_images is None else min(total, num_images)
     schedule = Schedule.from_config(config.schedule).to(world.device)
+    classes = config.model.num_classes
     accumulator = BoundAccumulator(
         ReverseProcess(schedule, config.objective.prediction_type, config.bound.variance_type),
         levels=dataset.levels,
@@ -264,20 +279,22 @@ def held_out_bound(
     )
     start, stop = world.rank * total // world.size, (world.rank + 1) * total // world.size
     with torch.inference_mode():
-        for index, images in _held_out(dataset, start, stop):
+        for index, images, label in _held_out(dataset, start, stop):
             x_start = to_model(images, dataset.levels).to(world.device)
-            accumulator.add(model, x_start, index.to(world.device))
+            labels = None if classes is None else network_labels(label.to(world.device), classes)
+            accumulator.add(conditioned(model, schedule, labels), x_start, index.to(world.device))
     state = accumulator.state().to(world.device)
     world.all_reduce(state)
     accumulator.load_state(state.cpu())
     return accumulator.result()
 
 
-def _held_out(dataset: Dataset, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _held_out(dataset: Dataset, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for first in range(start, stop, _EVAL_BATCH):
         last = min(first + _EVAL_BATCH, stop)
-        images = [image for _, image, _ in read_split(dataset, "test", first, last)]
-        yield torch.arange(first, last), torch.from_numpy(np.stack(images))
+        samples = list(read_split(dataset, "test", first, last))
+        images = torch.from_numpy(np.stack([image for _, image, _ in samples]))
+        yield torch.arange(first, last), images, torch.tensor([label for _, _, label in samples])
 
 
 def bound_metrics(estimate: BoundEstimate) -> dict[str, float]:
@@ -300,8 +317,9 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
         if not isinstance(tracker, NoTracker):
             with torch.inference_mode():
                 index = torch.arange(_GRID, device=world.device)
+                classes = config.model.num_classes
                 x = sample(
-                    model,
+                    conditioned(model, learner.schedule, None if classes is None else index % classes),
                     learner.schedule,
                     _preview(config),
                     seed=config.seed,
@@ -319,7 +337,8 @@ def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: 
 def _preview(config: Config) -> SamplerConfig:
     """A sampler of few steps, since the other workers wait while rank 0 draws the grid."""
     steps = min(_PREVIEW_STEPS, config.schedule.num_timesteps)
-    return SamplerConfig(kind="ddim", num_steps=steps, eta=0.0, clip=config.sampler.clip)
+    quick = replace(config.sampler, kind="ddim", num_steps=steps, eta=0.0, spacing="linspace")
+    return fitted(quick, config.model)
 
 
 def _save(run: Run, learner: Learner, checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import rng
-from ddpm_core.ema import EMA
-from ddpm_core.objectives import training_loss
+from ddpm_core.ema import EMA, HalfLife
+from ddpm_core.networks import as_eps_theta, build_network
+from ddpm_core.objectives import drop_labels, training_loss
+from ddpm_core.posthoc_ema import PowerEMA
 from ddpm_core.schedules import Schedule
 from ddpm_core.timesteps import LossMoments, draw_timesteps
-from ddpm_core.unet import UNet
 from pipelines.checkpoints import CheckpointError, State
+from pipelines.conditioning import network_labels
 from pipelines.config import Config, OptimizerConfig
 from pipelines.errors import UserError
+from pipelines.precision import Autocast
 
 
 class TrainingError(UserError):
@@ -92,6 +95,11 @@ class Samples(Protocol):
         """float32 [b, C, H, W] in [−1, 1]."""
         ...
 
+    @property
+    def label(self) -> Tensor:
+        """int64 [b]: the class of each, −1 for none."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -113,10 +121,12 @@ class Learner:
         self.schedule = Schedule.from_config(config.schedule).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive_seed(config.seed, "weights"))
-            model = UNet(config.model)
+            model = build_network(config.model)
         # convolutions want their channels innermost; the layout changes rounding, not results
         self.model: nn.Module = model.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = EMA(self.model, config.ema.decay, config.ema.warmup)
+        self.ema = _average(self.model, config)
+        rels = config.ema.power_sigma_rels
+        self.power_ema = PowerEMA(self.model, rels) if rels else None
         adam = config.optimizer
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
@@ -127,6 +137,7 @@ class Learner:
         )
         self._parameters = dict(self.model.named_parameters())
         self._generator = _default_generator(device)
+        self._autocast = Autocast(config.train.precision, device)
         by_loss = config.objective.timestep_sampling == "loss_second_moment"
         self.loss_moments = LossMoments(config.schedule.num_timesteps) if by_loss else None
 
@@ -157,6 +168,8 @@ class Learner:
             torch._foreach_mul_(self._gradients(), scale)
         self.optimizer.step()
         self.ema.update(self.model, step)
+        if self.power_ema:
+            self.power_ema.update(self.model, step)
         if self.loss_moments:
             self.loss_moments.update(drawn[0].long(), drawn[1])
         return StepResult(loss, grad_norm, rate)
@@ -185,8 +198,14 @@ class Learner:
         config = self.config
         x_start = part.x_start.to(self.device, non_blocking=True)
         self._generator.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
+        exact = as_eps_theta(self.model, self.schedule, self._labels(part))
+
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            with self._autocast():
+                return exact(x_t, t)
+
         losses = training_loss(
-            self.model, self.schedule, config.objective, x_start, t, noise, levels=self.levels
+            network, self.schedule, config.objective, x_start, t, noise, levels=self.levels
         )
         if weights is not None:
             place = slice(part.stream * len(t), (part.stream + 1) * len(t))
@@ -198,6 +217,15 @@ class Learner:
             losses = losses * sample_weights.to(losses)
         (losses.sum() / config.train.batch_size).backward()
         return losses.detach().double().sum()
+
+    def _labels(self, part: Samples) -> Tensor | None:
+        """The classes as the network learns them, some of them left out so that it learns to do without."""
+        config, num_classes = self.config, self.config.model.num_classes
+        if num_classes is None:
+            return None
+        labels = network_labels(part.label.to(self.device), num_classes)
+        index = part.index.to(self.device)
+        return drop_labels(labels, num_classes, config.objective.label_dropout, config.seed, index)
 
     def _reduce(self, loss_sum: Tensor, drawn: Tensor, world: World) -> tuple[float, float, Tensor]:
         """Sum gradients and losses over the workers: one flat all-reduce, the same bits on every resume.
@@ -230,7 +258,7 @@ class Learner:
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the EMA's weights, for evaluation."""
-        model = UNet(self.config.model).to(self.device)
+        model = build_network(self.config.model).to(self.device)
         self.ema.copy_to(model)
         return model.eval().requires_grad_(False)
 
@@ -247,6 +275,13 @@ class Learner:
         }
         if self.loss_moments:
             groups["loss_moments"] = dict(self.loss_moments.tensors)
+        if self.power_ema:
+            groups |= {
+                power_group(sigma_rel): dict(average.tensors)
+                for sigma_rel, average in zip(
+                    self.config.ema.power_sigma_rels, self.power_ema.averages, strict=True
+                )
+            }
         return State(step, groups)
 
     def load(self, state: State) -> None:
@@ -256,6 +291,11 @@ class Learner:
             self.ema.load(state.groups["ema"])
             if self.loss_moments:
                 self.loss_moments.load(state.groups["loss_moments"])
+            if self.power_ema:
+                for sigma_rel, average in zip(
+                    self.config.ema.power_sigma_rels, self.power_ema.averages, strict=True
+                ):
+                    average.load(state.groups[power_group(sigma_rel)])
             # copies, since Adam changes them in place
             moments: dict[Any, dict[str, Tensor]] = {
                 parameter: {
@@ -270,6 +310,18 @@ class Learner:
                 f"the checkpoint at step {state.step} holds another network than model describes"
             ) from None
         self.optimizer.state.update(moments)
+
+
+def power_group(sigma_rel: float) -> str:
+    """The name of a power-function average among a checkpoint's groups."""
+    return f"ema-{sigma_rel!r}"
+
+
+def _average(model: nn.Module, config: Config) -> EMA:
+    length = config.ema
+    if length.half_life_images is None:
+        return EMA(model, length.decay, length.warmup)
+    return EMA(model, HalfLife(length.half_life_images, config.train.batch_size, length.ramp_ratio))
 
 
 def _like(parameter: Tensor, moment: Tensor) -> Tensor:

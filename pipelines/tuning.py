@@ -110,7 +110,7 @@ def trial_schedule(params: Mapping[str, Any]) -> ScheduleConfig:
 
 def own_point(schedule: ScheduleConfig) -> dict[str, Any] | None:
     """The point of the sweep's space that is this very schedule; none where it is not a linear one."""
-    if schedule.kind != "linear":
+    if schedule.kind != "linear" or schedule.zero_terminal_snr:
         return None
     scale = schedule.num_timesteps / _REFERENCE_T
     return {

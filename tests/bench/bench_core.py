@@ -42,10 +42,17 @@ class Case:
 def cases(device: torch.device) -> list[Case]:
     large = device.type == "cuda"
     return [
-        Case("digits 8×8", load_config("digits.yaml").model, 512 if large else 64, 20),
+        Case("digits 8×8", unet_of("digits.yaml"), 512 if large else 64, 20),
         Case("9M 32×32", UNetConfig(image_size=32, in_channels=3, base_channels=64), 128 if large else 4, 10),
-        Case("35.7M 32×32", load_config("cifar10.yaml").model, 128 if large else 2, 7),
+        Case("35.7M 32×32", unet_of("cifar10.yaml"), 128 if large else 2, 7),
     ]
+
+
+def unet_of(name: str) -> UNetConfig:
+    """The U-Net of a configuration that ships with the project."""
+    model = load_config(name).model
+    assert isinstance(model, UNetConfig)
+    return model
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ class _Part:
     stream: int
     index: torch.Tensor
     x_start: torch.Tensor
+    label: torch.Tensor
 
 
 def main() -> None:
@@ -32,7 +33,12 @@ def loop_and_floor(config: Config, rounds: int) -> tuple[Quartiles, Quartiles, Q
     size = config.train.batch_size // config.train.micro_batches
     shape = (size, config.model.in_channels, config.model.image_size, config.model.image_size)
     parts = [
-        _Part(m, torch.arange(m, size * 4, 4)[:size], torch.rand(shape) * 2 - 1)
+        _Part(
+            m,
+            torch.arange(m, size * 4, 4)[:size],
+            torch.rand(shape) * 2 - 1,
+            torch.full((size,), -1),
+        )
         for m in range(config.train.micro_batches)
     ]
     world = SingleWorker(torch.device("cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import Config, digest, load_config, parse_config, validated
+from ddpm_core.dit import DiTConfig
+from ddpm_core.unet import UNetConfig
+from pipelines.config import Config, digest, load_config, parse_config
 from pipelines.errors import UserError
+from pipelines.plan import network_bytes
+from pipelines.telling import validated
 from tests.support.runs import TINY, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
 
 def problem(text: str, *overrides: str) -> str:
@@ -27,7 +33,7 @@ def problem(text: str, *overrides: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["digits.yaml", "cifar10.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_configurations_load_by_name_and_by_path(name: str) -> None:
     config = load_config(name)
     assert config == load_config(CONFIGS / name)
@@ -48,7 +54,20 @@ def test_cifar10_has_the_published_hyper_parameters() -> None:
         1.0,
         5000,
     )
+    assert isinstance(config.model, UNetConfig)
     assert (config.model.dropout, config.data.flip, config.optimizer.adam_betas) == (0.1, True, (0.9, 0.999))
+
+
+def test_what_improved_ddpm_changed() -> None:
+    config, before = load_config("cifar10-improved.yaml"), load_config("cifar10.yaml")
+    assert isinstance(config.model, UNetConfig)
+    assert (config.schedule.kind, config.schedule.num_timesteps) == ("cosine", 4000)
+    assert (config.objective.loss, config.objective.vlb_weight) == ("hybrid", 0.001)
+    assert (config.model.num_heads, config.model.num_res_blocks, config.model.dropout) == (4, 3, 0.3)
+    assert (config.data, config.prepare, config.train.batch_size) == (before.data, before.prepare, 128)
+    text = (CONFIGS / "cifar10-improved.yaml").read_text()
+    assert f"({network_bytes(config.model)[0]:,} parameters)" in text
+    assert SHIPPED == ["cifar10-improved.yaml", "cifar10.yaml", "digits.yaml"]
 
 
 def laptop_overrides() -> list[str]:
@@ -104,7 +123,36 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
             "schedule.beta_strat=0.1",
             "my.yaml: schedule.beta_strat: no such setting; did you mean 'beta_start'?",
         ),
-        ("ema.x=1", "my.yaml: ema.x: no such setting; there are decay, warmup"),
+        (
+            "ema.x=1",
+            "my.yaml: ema.x: no such setting; there are decay, warmup, half_life_images, ramp_ratio, "
+            "power_sigma_rels",
+        ),
+        (
+            "ema.half_life_images=9",
+            "my.yaml: ema.decay: must be left out beside half_life_images, got 0.9",
+        ),
+        (
+            "ema={half_life_images: 9, warmup: false}",
+            "my.yaml: ema.warmup: must be left out beside half_life_images, got False",
+        ),
+        (
+            "ema.half_life_images=0",
+            "my.yaml: ema.half_life_images: input should be greater than 0, got 0",
+        ),
+        (
+            "ema.ramp_ratio=0.05",
+            "my.yaml: ema.ramp_ratio: must be null without half_life_images, got 0.05",
+        ),
+        (
+            "ema.power_sigma_rels=[0.05, 0.3]",
+            "my.yaml: ema.power_sigma_rels: must be different lengths between 1e-06 and 0.2887 (12**-0.5), got 0.3",
+        ),
+        (
+            "ema.power_sigma_rels=[0.05, 0.05]",
+            "my.yaml: ema.power_sigma_rels: must be different lengths between 1e-06 and 0.2887 (12**-0.5), "
+            "got 0.05",
+        ),
         (
             "train.steps=1.5",
             "my.yaml: train.steps: input should be a valid integer, got a number with a fractional part, got 1.5",
@@ -226,6 +274,108 @@ def test_what_yaml_itself_refuses_is_one_line(text: str) -> None:
     assert problem(text).startswith("my.yaml")
 
 
+VLB = ("objective.loss=vlb", "objective.variance_type=learned_range")
+HAS_CHANNELS = "as model.learned_variance is true"
+NO_CHANNELS = "as model.learned_variance is false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (
+            ("model.learned_variance=true",),
+            [
+                f"objective.variance_type: must be 'learned_range', {HAS_CHANNELS}, got 'fixed_small'",
+                f"bound.variance_type: must be 'learned_range', {HAS_CHANNELS}, got 'fixed_small'",
+            ],
+        ),
+        (
+            (
+                "model.learned_variance=true",
+                *VLB,
+                "bound.variance_type=learned_range",
+                "sampler.kind=ancestral",
+            ),
+            [
+                f"sampler.variance_type: must be 'learned_range' for the kind 'ancestral', {HAS_CHANNELS}, "
+                "got 'fixed_large'"
+            ],
+        ),
+        (
+            (*VLB, "bound.variance_type=learned_range", "sampler.variance_type=learned_range"),
+            [
+                f"objective.variance_type: must be 'fixed_small' or 'fixed_large', {NO_CHANNELS}: the network has "
+                "no channels for a variance, got 'learned_range'",
+                f"bound.variance_type: must be 'fixed_small' or 'fixed_large', {NO_CHANNELS}: the network has "
+                "no channels for a variance, got 'learned_range'",
+                f"sampler.variance_type: must be 'fixed_small' or 'fixed_large', {NO_CHANNELS}, "
+                "got 'learned_range'",
+            ],
+        ),
+        (
+            ("sampler.variance_type=analytic",),
+            [
+                "sampler.variance_type: must be 'fixed_small' or 'fixed_large', got 'analytic', for which nothing "
+                "here measures the network's error at every t"
+            ],
+        ),
+        (
+            ("bound.variance_type=analytic",),
+            [
+                "bound.variance_type: input should be 'fixed_small', 'fixed_large' or 'learned_range', "
+                "got 'analytic'"
+            ],
+        ),
+        (
+            ("schedule.zero_terminal_snr=true",),
+            [
+                "objective.prediction_type: must be 'v' or 'x_start' for a schedule that ends without signal "
+                "(schedule.kind 'linear', schedule.zero_terminal_snr true), got 'eps', which says nothing of x_0 "
+                "there"
+            ],
+        ),
+        (
+            ("schedule.kind=log_snr", "schedule.log_snr_min=-200"),
+            [
+                "objective.prediction_type: must be 'v' or 'x_start' for a schedule that ends without signal "
+                "(schedule.kind 'log_snr', schedule.zero_terminal_snr false), got 'eps', which says nothing of x_0 "
+                "there"
+            ],
+        ),
+        (
+            ("schedule.kind=inverse",),
+            [
+                "objective.prediction_type: must be 'v' or 'x_start' for a schedule that ends without signal "
+                "(schedule.kind 'inverse', schedule.zero_terminal_snr false), got 'eps', which says nothing of x_0 "
+                "there"
+            ],
+        ),
+        (
+            ("schedule.kind=betas",),
+            ["schedule.betas: must be 50 numbers (num_timesteps), got '0'"],
+        ),
+        (
+            ("schedule.kind=log_snr", "schedule.log_snr_max=1000"),
+            [
+                "schedule: betas: must lie between 0 and 1, both excluded (1 is allowed at the last step), got 0.0 "
+                "at 0"
+            ],
+        ),
+    ],
+)
+def test_sections_that_contradict_each_other(overrides: tuple[str, ...], messages: list[str]) -> None:
+    found = problems(TINY, *overrides)
+    assert len(found) == len(messages)
+    for line, message in zip(found, messages, strict=True):
+        assert line == f"my.yaml: {message}"
+
+
+@pytest.mark.parametrize("end", ["schedule.zero_terminal_snr=true", "schedule.kind=inverse"])
+@pytest.mark.parametrize("said", ["v", "x_start"])
+def test_a_chain_may_end_without_signal_if_not_eps_is_predicted(end: str, said: str) -> None:
+    assert tiny_config(end, f"objective.prediction_type={said}")
+
+
 def test_an_empty_sweep_is_a_mistake() -> None:
     assert "tune.num_timesteps" in problem(TINY, "tune.num_timesteps=[]")
 
@@ -242,6 +392,7 @@ def test_overrides_reach_every_kind_of_value() -> None:
         "prepare.levels=17",
     )
     assert (config.seed, config.data.flip, config.schedule.beta_end) == (7, False, 0.2)
+    assert isinstance(config.model, UNetConfig)
     assert (config.model.channel_mults, config.model.attention_resolutions) == ((1, 1, 2), ())
     assert (config.sampler.num_steps, config.storage, config.prepare.levels) == (None, "s3://b/p=q", 17)
 
@@ -255,22 +406,28 @@ WHERE_AND_HOW_LONG = [
     "bound.num_strata=5", "bound.num_images=9", "sampler.kind=ancestral", "sampler.num_steps=3", "sample.count=5",
     "sample.seed=3", "tune.num_trials=3", "tune.workers=2", "prepare.levels=5", "model.gradient_checkpointing=true",
 ]  # fmt: skip
+LEARNED = (
+    "model.learned_variance=true & objective.loss=hybrid & objective.variance_type=learned_range & "
+    "bound.variance_type=learned_range"
+)
 WHAT = [
     "name=other", "seed=1", "data.flip=false", "schedule.kind=cosine", "schedule.num_timesteps=51",
     "schedule.beta_start=0.0002", "schedule.beta_end=0.3", "schedule.cosine_s=0.01", "schedule.beta_max=0.9",
     "schedule.warmup_fraction=0.2", "schedule.sigmoid_start=-2", "schedule.sigmoid_end=2", "schedule.sigmoid_tau=2",
     "schedule.log_snr_max=9", "schedule.log_snr_min=-9", "schedule.betas=[0.1]", "schedule.alphas_cumprod=[0.9]",
-    "schedule.zero_terminal_snr=true",
+    "schedule.zero_terminal_snr=true & objective.prediction_type=x_start",
     "model.base_channels=12", "model.channel_mults=[1, 1]", "model.num_res_blocks=2",
     "model.attention_resolutions=[8]", "model.dropout=0.1", "model.num_groups=2", "model.image_size=16",
     "model.in_channels=3", "model.scale_shift_norm=true", "model.num_heads=2", "model.head_channels=4",
-    "model.learned_variance=true", "model.num_classes=10", "model.conditioning=log_snr",
+    LEARNED, "model.num_classes=10", "model.conditioning=log_snr",
     "optimizer.learning_rate=0.002", "optimizer.adam_betas=[0.9, 0.99]",
     "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
-    "ema.warmup=false", "train.batch_size=16", "train.micro_batches=2",
+    "ema.warmup=false", "ema={half_life_images: 1000}", "ema={half_life_images: 1000, ramp_ratio: 0.05}",
+    "ema.power_sigma_rels=[0.05]", "train.batch_size=16", "train.micro_batches=2",
+    "train.precision=bfloat16", "train.precision=float32",
     "objective.prediction_type=v", "objective.loss=vlb", "objective.weighting=snr", "objective.min_snr_gamma=4",
     "objective.p2_gamma=2", "objective.p2_k=2", "objective.vlb_weight=0.01", "objective.variance_type=fixed_large",
-    "objective.timestep_sampling=loss_second_moment",
+    "objective.timestep_sampling=loss_second_moment", "objective.label_dropout=0.2",
 ]  # fmt: skip
 
 
@@ -282,14 +439,63 @@ def test_where_and_how_long_do_not_change_the_run() -> None:
 
 
 def test_every_part_of_what_changes_the_run_to_another_one() -> None:
-    names = [tiny_config(*change).run_name("data") for change in [(), *((one,) for one in WHAT)]]
+    names = [tiny_config(*one.split(" & ")).run_name("data") for one in ("seed=0", *WHAT)]
     assert len(set(names)) == len(names)
     assert tiny_config().run_name("other data") not in names
+
+
+DIT = (
+    "model={kind: dit, image_size: 8, in_channels: 1, patch_size: 4, hidden_size: 8, depth: 1, num_heads: 2, "
+    "mlp_ratio: 2}"
+)
+WHAT_OF_DIT = [
+    "model.patch_size=2", "model.hidden_size=16", "model.depth=2", "model.num_heads=1", "model.mlp_ratio=3",
+    "model.image_size=16", "model.in_channels=3", LEARNED, "model.num_classes=10",
+    "model.conditioning=log_snr",
+]  # fmt: skip
+
+
+def test_a_model_is_a_unet_unless_it_says_otherwise() -> None:
+    assert tiny_config().model == tiny_config("model.kind=unet").model
+    assert isinstance(tiny_config().model, UNetConfig)
+    assert tiny_config(DIT).model == DiTConfig(8, 1, 4, 8, 1, 2, 2.0)
+
+
+def test_every_part_of_a_transformer_changes_the_run() -> None:
+    names = [tiny_config(DIT, *one.split(" & ")).run_name("d") for one in ("seed=0", *WHAT_OF_DIT)]
+    assert len({*names, tiny_config().run_name("d")}) == len(names) + 1
+    told = {override.split(".")[1].split("=")[0] for override in WHAT_OF_DIT}
+    assert {field.name for field in fields(DiTConfig)} == told | {"kind", "gradient_checkpointing"}
+    same = tiny_config(DIT, "model.gradient_checkpointing=true")
+    assert same.run_name("d") == names[0]
+    assert parse_config(same.to_yaml()) == same
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.kind=resnet", "model.kind: must be 'unet' or 'dit', got 'resnet'"),
+        ("model.kind=null", "model.kind: must be 'unet' or 'dit', got None"),
+        ("model=3", "model: must hold settings, got 3"),
+        ("model.dept=3", "model.dept: no such setting; did you mean 'depth'?"),
+        ("model.patch_size=3", "model.image_size: must be a positive multiple of patch_size 3, got 8"),
+        (
+            "model.depth=deep",
+            "model.depth: input should be a valid integer, unable to parse string as an integer, got 'deep'",
+        ),
+        ("model.base_channels=8", "model.base_channels: no such setting; it is one of model.kind unet"),
+        ("model={kind: dit, in_channels: 1}", "model.image_size: is required and missing"),
+    ],
+)
+def test_a_mistake_in_a_transformer_names_its_field(override: str, message: str) -> None:
+    assert problem(TINY, DIT, override) == f"my.yaml: {message}"
 
 
 def test_every_field_is_on_one_of_the_two_lists() -> None:
     """A new setting must be put into the identity, or be found not to belong there."""
     named = {override.split("=")[0] for override in (*WHERE_AND_HOW_LONG, *WHAT)}
+    # of another kind the whole section is another one: DIT, below
+    named |= {"model.kind", "ema.half_life_images", "ema.ramp_ratio"}
     # of these only the part that a mass-generated set or a sweep is made with; they have identities of their own
     apart = ("sampler.", "sample.", "tune.", "prepare.", "bound.")
     missing = [
@@ -319,7 +525,7 @@ def test_numbers_that_are_equal_are_the_same_run() -> None:
     ).run_name("d")
 
 
-@pytest.mark.parametrize("name", ["digits.yaml", "cifar10.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_yaml_there_and_back(name: str) -> None:
     config = load_config(name)
     again = parse_config(config.to_yaml())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import (
+    DiTConfig,
     SamplerConfig,
     Schedule,
     ScheduleConfig,
@@ -24,7 +25,13 @@ from ddpm_core import (
     sample,
     sampling_timesteps,
 )
-from pipelines.diffusers_format import ImportedPipeline, Sampling, export_pipeline, import_pipeline
+from pipelines.diffusers_format import (
+    ImportedPipeline,
+    Sampling,
+    export_pipeline,
+    import_pipeline,
+    sampling_of,
+)
 from pipelines.errors import UserError
 
 with warnings.catch_warnings():
@@ -113,6 +120,81 @@ def test_ddim_images_agree(kind: str, clip: bool, eta: float, tmp_path: Path) ->
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+SOLVERS = {"dpm_solver_pp_2m": "dpmsolver++", "dpm_solver_pp_2m_sde": "sde-dpmsolver++"}
+
+
+@pytest.mark.parametrize("num_steps", [20, 5])
+@pytest.mark.parametrize("threshold", [None, 0.9])
+@pytest.mark.parametrize("prediction", ["eps", "x_start", "v"])
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_dpm_solver_images_agree(
+    solver: Any,
+    prediction: Any,
+    threshold: float | None,
+    num_steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schedule, tensors = SCHEDULES["linear"], weights(TINY)
+    config = SamplerConfig(solver, num_steps, clip=False, spacing="trailing", threshold_quantile=threshold)
+    export_pipeline(tmp_path / "p", TINY, tensors, schedule, sampling_of(config, prediction))
+    arguments: dict[str, Any] = {"seed": 5, "index": INDEX, "shape": SHAPE, "prediction_type": prediction}
+    ours = sample(network(TINY, tensors), schedule, config, **arguments)
+
+    def step(scheduler: Any, output: Tensor, t: int, x: Tensor, draw: int) -> Tensor:
+        return torch.as_tensor(scheduler.step(output, t, x, variance_noise=noise(draw)).prev_sample)
+
+    steps = list(range(19, -1, -20 // num_steps))
+    theirs = images(tmp_path / "p", step, steps)
+    assert float(ours.std()) > 0.03
+    # diffusers keeps ᾱ in float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_diffusers_own_pipeline_runs_a_solver(tmp_path: Path) -> None:
+    config = SamplerConfig("dpm_solver_pp_2m_sde", clip=False)
+    export_pipeline(tmp_path / "p", TINY, weights(TINY), SCHEDULES["linear"], sampling_of(config, "v"))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "p", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(batch_size=2, num_inference_steps=5, output_type="np").images
+    assert made.shape == (2, 8, 8, 1)
+    assert bool((made == made).all())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({"kind": "heun"}, "sampler.kind: must be .*, got 'heun'"),
+        ({"kind": "ancestral", "variance_type": "analytic"}, "sampler.variance_type: .*, got 'analytic'"),
+        ({"kind": "dpm_solver_pp_2m"}, "sampler.clip: must be false to export dpm_solver_pp_2m"),
+    ],
+)
+def test_a_sampler_that_diffusers_lacks_is_named(sampler: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        sampling_of(SamplerConfig(**sampler), "eps")
+
+
+@pytest.mark.parametrize("kind", ["ancestral", "ddim"])
+def test_a_chain_without_signal_goes_out_and_makes_the_same_images(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule.from_config(
+        ScheduleConfig(num_timesteps=20, beta_start=0.01, beta_end=0.4, zero_terminal_snr=True)
+    )
+    config, tensors = SamplerConfig(kind, 20, variance_type="fixed_small"), weights(TINY)
+    export_pipeline(tmp_path / "p", TINY, tensors, schedule, sampling_of(config, "v"))
+    ours = sample(
+        network(TINY, tensors), schedule, config, seed=5, index=INDEX, shape=SHAPE, prediction_type="v"
+    )
+
+    def step(scheduler: Any, output: Tensor, t: int, x: Tensor, draw: int) -> Tensor:
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise(draw))
+        more = {"use_clipped_model_output": True} if kind == "ddim" else {}
+        return torch.as_tensor(scheduler.step(output, t, x, **more).prev_sample)
+
+    torch.testing.assert_close(ours, images(tmp_path / "p", step, list(range(19, -1, -1))), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", list(SCHEDULES))
 @pytest.mark.parametrize(
     "sampling",
@@ -121,6 +203,8 @@ def test_ddim_images_agree(kind: str, clip: bool, eta: float, tmp_path: Path) ->
         Sampling("ddim", "v_prediction", clip=False),
         Sampling("ancestral", "sample", "fixed_small"),
         Sampling("ancestral", variance="learned_range"),
+        Sampling("dpm_solver_pp_2m", clip=False),
+        Sampling("dpm_solver_pp_2m_sde", "v_prediction", clip=False),
     ],
 )
 def test_there_and_back(kind: str, sampling: Sampling, tmp_path: Path) -> None:
@@ -231,20 +315,39 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("message", "config", "sampling"),
     [
-        ("model: conditioning: ", replace(TINY, conditioning="log_snr"), Sampling()),
+        ("model.conditioning: ", replace(TINY, conditioning="log_snr"), Sampling()),
         ("variance: learned_range, but ", TINY, Sampling("ancestral", variance="learned_range")),
         ("variance: fixed_large, but ", replace(TINY, learned_variance=True), Sampling("ancestral")),
         ("model.learned_variance: ", replace(TINY, learned_variance=True), Sampling()),
+        (
+            "model.learned_variance: DPM",
+            replace(TINY, learned_variance=True),
+            Sampling("dpm_solver_pp_2m", clip=False),
+        ),
+        ("model.num_classes: must be null", replace(TINY, num_classes=3), Sampling()),
+        ("model.kind: must be 'unet'", DiTConfig(8, 1, 4, 8, 1, 1), Sampling()),
         ("weights: down.0.blocks", replace(TINY, num_res_blocks=2), Sampling()),
     ],
 )
 def test_what_cannot_be_exported_is_named(
-    message: str, config: UNetConfig, sampling: Sampling, tmp_path: Path
+    message: str, config: UNetConfig | DiTConfig, sampling: Sampling, tmp_path: Path
 ) -> None:
-    tensors = weights(replace(config, num_res_blocks=1))
+    tensors = weights(replace(config, num_res_blocks=1)) if isinstance(config, UNetConfig) else {}
     with pytest.raises(UserError, match=f"^{message}"):
         export_pipeline(tmp_path / "p", config, tensors, SCHEDULES["linear"], sampling)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_solver_cannot_go_out_with_a_chain_without_signal(tmp_path: Path) -> None:
+    schedule = Schedule.from_config(ScheduleConfig(num_timesteps=20, zero_terminal_snr=True))
+    with pytest.raises(UserError, match=r"^sampler.kind: dpm_solver_pp_2m can't be exported with a schedule"):
+        export_pipeline(
+            tmp_path / "p",
+            TINY,
+            weights(TINY),
+            schedule,
+            Sampling("dpm_solver_pp_2m", "v_prediction", clip=False),
+        )
 
 
 def _edit(file: Path, **changes: Any) -> None:

@@ -1,12 +1,17 @@
 """The documents: what they link to and name is there, and no placeholder was left."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import unicodedata
 from pathlib import Path
 
 import pytest
+
+from ddpm_core.dit import DiTConfig
+from ddpm_core.unet import UNetConfig
+from pipelines.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -21,6 +26,27 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert "@@" not in text
     if document.name == "README.md":
         assert len(links) > 10
+
+
+def test_every_setting_has_its_row_and_every_row_its_setting() -> None:
+    told: list[str] = []
+    for line in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines():
+        section = ""
+        for name in re.findall(r"`([\w.]+)`", line.split("|")[1]) if line.startswith("| `") else ():
+            # a row names its section once
+            section = name.rpartition(".")[0] or section
+            told.append(".".join(part for part in (section, name.rpartition(".")[2]) if part))
+    there = {name for name in Config.model_fields if name in ("name", "seed", "storage")}
+    for section, field in Config.model_fields.items():
+        if section not in there and section != "model":
+            assert isinstance(field.annotation, type)
+            names = getattr(field.annotation, "model_fields", None) or (
+                option.name for option in dataclasses.fields(field.annotation)
+            )
+            there |= {f"{section}.{name}" for name in names}
+    for network in (UNetConfig, DiTConfig):
+        there |= {f"model.{option.name}" for option in dataclasses.fields(network)}
+    assert sorted(set(told)) == sorted(there)
 
 
 MATHEMATICS = (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8")

@@ -91,11 +91,12 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
         "DDPM_DASHBOARD",
         "RAY_ADDRESS",
         "RAY_API_SERVER_ADDRESS",
-        "RAY_AUTH_MODE",
-        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    # Ray's client settles once a process whether it sends a token, so that it must have one whatever ran before
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of no meaning to this dashboard")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(job_log, "_POLL_S", 0.02)
     monkeypatch.setattr(submission, "_POLL_S", 0.02)

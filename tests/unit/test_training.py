@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import rng
+from ddpm_core.unet import UNetConfig
 from pipelines.cache import WeightedLRU
 from pipelines.checkpoints import CheckpointError, Checkpoints, State
 from pipelines.config import Config, OptimizerConfig, load_config
@@ -122,6 +123,7 @@ def test_after_20_steps_several_workers_are_where_one_is(config: Config, size: i
         assert outcomes[0][0] == results
         assert differences(weights_of(state), weights_of(alone.state(steps)), rtol=1e-4, atol=1e-6) == []
     # the run is long enough to tell: dropout and flips are on, and the weights have moved
+    assert isinstance(config.model, UNetConfig)
     assert config.model.dropout > 0
     assert config.data.flip
     moved = differences(weights_of(alone.state(steps)), weights_of(Learner(config, CPU).state(0)), rtol=1e-2)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_core import rng
+from ddpm_core.conditioning import NetworkConfig
 from ddpm_core.objectives import ObjectiveConfig
 from ddpm_core.predictions import convert_prediction
 from ddpm_core.schedules import Schedule
@@ -167,9 +168,14 @@ def test_bound_and_images_take_the_output_for_what_it_was_trained_to_be(tmp_path
     for kind in ("eps", "v", "x_start"):
         config = tiny_config(f"objective.prediction_type={kind}", f"data.uri={tmp_path}/data")
 
-        def network(x_t: Tensor, t: Tensor, kind: str = kind) -> Tensor:
-            return convert_prediction(schedule, x_t, t, 0.9 * x_t, "eps", kind)  # type: ignore[arg-type]
+        class Network(nn.Module):
+            config = NetworkConfig(8, 1)
+            said = kind
 
+            def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+                return convert_prediction(schedule, x_t, t, 0.9 * x_t, "eps", self.said)  # type: ignore[arg-type]
+
+        network = Network()
         bounds[kind] = held_out_bound(dataset, config, network, SingleWorker(CPU), 3).total
         learner = Learner(config, CPU)
         go(config, learner, SingleWorker(CPU), 0, 1)
@@ -182,7 +188,7 @@ def test_bound_and_images_take_the_output_for_what_it_was_trained_to_be(tmp_path
         )  # fmt: skip
         made = recipe_of(config, checkpoint, 256)
         assert made.prediction_type == kind
-        images[kind] = make_images(network, load_model(checkpoint, CPU)[1], made, [3], CPU)  # type: ignore[arg-type]
+        images[kind] = make_images(network, load_model(checkpoint, CPU)[1], made, [3], CPU)
         if kind != "eps":
             with pytest.raises(
                 UserError, match=rf"^objective.prediction_type: eps, but .* was trained with {kind}"

@@ -90,6 +90,8 @@ def test_the_own_schedule_is_a_point_of_the_space(schedule: ScheduleConfig) -> N
 
 def test_a_cosine_schedule_is_no_point_of_the_space() -> None:
     assert own_point(ScheduleConfig("cosine")) is None
+    # no trial of the sweep is rescaled
+    assert own_point(ScheduleConfig(zero_terminal_snr=True)) is None
 
 
 def test_the_shipped_space_is_whole() -> None:
