@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -36,6 +36,11 @@ class WeightedLRU(Generic[K, V]):
         while self.num_bytes > max_bytes and len(self._items) > keep:
             self._drop_oldest()
         return self.num_bytes <= max_bytes
+
+    def retain(self, keys: Container[K]) -> None:
+        """Drop all values but those of these keys."""
+        for key in [key for key in self._items if key not in keys]:
+            self.num_bytes -= self._items.pop(key)[1]
 
     def get(self, key: K, make: Callable[[], V], weigh: Callable[[V], int]) -> V:
         """The value kept for `key`, or the one that `make()` gives now, weighing `weigh(value)` bytes."""

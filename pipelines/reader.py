@@ -268,6 +268,8 @@ class _Plan:
         self.standing[stream] = shard
         depth = max(1, _SHARDS_AHEAD // len(self.streams))
         coming = self.order.shards_ahead(stream, position, depth + 1)[1:]
+        # what no stream stands in or comes to next is not read again for long
+        self.reader.retain({*self.standing.values(), *coming})
         self.reader.fetch_ahead(coming, len(self.streams))
 
 

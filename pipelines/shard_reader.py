@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -184,6 +184,10 @@ class ShardReader:
     def keys(self, shard: int) -> list[str]:
         """The keys of a shard's samples, in the stored order."""
         return list(self._get(shard).index.key.to_pylist())
+
+    def retain(self, shards: Container[int]) -> None:
+        """Forget all shards that are here but these."""
+        self._loaded.retain(shards)
 
     def fetch_ahead(self, shards: Iterable[int], in_use: int) -> None:
         """Begin to fetch those of these shards that are not here yet, the soonest needed first, as far as
