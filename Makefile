@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench bench-core test-s3 test-k8s clean
+.PHONY: help install demo test lint format bench bench-core bench-data test-s3 test-k8s clean
 
 help:
 	@echo "make demo      the whole way on handwritten digits, on this machine alone"
@@ -13,6 +13,7 @@ help:
 	@echo "make format    rewrite the sources as the linter wants them"
 	@echo "make bench     speed, as ratios to a named peer or limit"
 	@echo "make bench-core  ddpm_core against diffusers: training steps, sampling, share of the peak"
+	@echo "make bench-data  reading images against webdataset, Ray Data and decoding alone, from disk and S3"
 	@echo "make test-s3   the S3 tests against Ceph's gateway (radosgw ceph-mon ceph-osd ceph-mgr)"
 	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
 	@echo "make clean     stop the local stack and remove what was made here"
@@ -47,6 +48,9 @@ bench-core: install
 
 test-s3: install
 	@$(BIN)/python -m pytest -m s3
+
+bench-data: install
+	@$(BIN)/python -m tests.bench.bench_data
 
 test-k8s: install
 	@$(BIN)/python -m pytest -m k8s

@@ -55,6 +55,17 @@ class DataConfig(Section):
     """Mirror half of the images left to right (never digits or text)."""
     cache_bytes: Annotated[int, Field(ge=2**20)] = 256 * 2**20
     """Memory for shards, a worker."""
+    disk_cache: str = "auto"
+    """A folder for a cache that the workers of a node share; none; or auto: under the system's temporary folder,
+    and none where the data are files."""
+    disk_cache_bytes: Positive = 10 * 2**30
+    """What it may hold, a node."""
+    decode_threads: Positive = 1
+    """Threads that decode, a worker."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """Whether a sample that cannot be decoded ends the run, or keeps its place with weight zero."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The share of skipped samples above which the run ends."""
 
 
 class PrepareConfig(Section):

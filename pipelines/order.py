@@ -7,9 +7,11 @@ epochs stream m has read C_m(e) = ⌊(e·N + m)/M⌋ samples, and Σ_m C_m(e) = 
 differ by one sample at most, and no stream ever runs ahead.
 
 How even the shuffle is: within an epoch a sample may stand at any place of its shard's stretch of the line,
-and the shard at any place among the shards. Two samples of one shard stay within a shard's length of each
-other, which is why `prepare` mixes the classes over the shards, and a global batch reads M places of the
-line.
+and the shard at any place among the shards. From one epoch to the next a sample moves as far as in uniform
+shuffling (0.97 to 1.03 of a third of the epoch, measured on 1,000 shards). What differs is that two samples of
+one shard stay within a shard's length of each other: in batches of 80 from 100 shards of 50, pairs from one shard
+are 50 times as many as in uniform shuffling with 1 stream, 3.8 times with 20, and next to none with 80. That is why
+`prepare` mixes the classes over the shards. The tests in tests/property/test_order_scale.py measure this.
 """
 
 from __future__ import annotations
@@ -102,11 +104,33 @@ class Order:
             sample[here] = self._order_within(e, s)[row[here]]
         return Locations(epoch, shard, sample)
 
-    def _start(self, m: int, epoch: Int64Array) -> Int64Array:
+    def shards_ahead(self, stream: int, position: int, limit: int) -> list[int]:
+        """The next `limit` shards that a stream reads from this position on, each once, in that order; fewer where
+        the rest of this epoch and the next one hold fewer.
+        """
+        m, found = stream, dict[int, None]()
+        for _ in range(2):
+            epoch = ((position + 1) * self.num_streams - 1 - m) // self.num_samples
+            shards, ends = self._line(epoch)
+            stop = ((epoch + 1) * self.num_samples + m) // self.num_streams
+            begun = (epoch * self.num_samples + m) // self.num_streams
+            start = int(self._start(m, np.int64(epoch)))
+            first, last = np.searchsorted(
+                ends, [start + position - begun, start + stop - 1 - begun], side="right"
+            )
+            for rank in range(int(first), int(last) + 1):
+                if self._counts[shards[rank]]:
+                    found[int(shards[rank])] = None
+                if len(found) == limit:
+                    return list(found)
+            position = stop
+        return list(found)
+
+    def _start(self, m: int, epoch: Int64Array | np.int64) -> Int64Array:
         """Where stream m's piece begins on the epoch's line: Σ_{j<m} (C_j(e+1) − C_j(e)), in closed form."""
         return self._total(m, (epoch + 1) * self.num_samples) - self._total(m, epoch * self.num_samples)
 
-    def _total(self, m: int, a: Int64Array) -> Int64Array:
+    def _total(self, m: int, a: Int64Array | np.int64) -> Int64Array:
         """Σ_{j<m} ⌊(a+j)/M⌋: with a = q·M + r, those j with r + j ≥ M count one more than q."""
         quotient, rest = a // self.num_streams, a % self.num_streams
         return m * quotient + np.maximum(0, rest + m - self.num_streams)

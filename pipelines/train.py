@@ -24,6 +24,7 @@ from pipelines.checkpoints import Checkpoints, step_name
 from pipelines.conditioning import conditioned, fitted, network_labels
 from pipelines.config import Config, digest
 from pipelines.dataset import Dataset
+from pipelines.disk_cache import fetch_through
 from pipelines.errors import UserError
 from pipelines.grids import grid_png
 from pipelines.images import to_model, to_uint8
@@ -186,6 +187,7 @@ def _loop(
                         "grad_norm": result.grad_norm,
                         "learning_rate": result.learning_rate,
                         "images_per_s": clock.images_per_s(),
+                        **({"skipped_samples": batches.skipped.count} if batches.skipped.count else {}),
                     },
                 )
                 rows.append(row)
@@ -218,7 +220,7 @@ def _loop(
 
 
 def _batches(run: Run, world: World, start: int) -> StreamBatches:
-    settings = run.config.train
+    settings, data = run.config.train, run.config.data
     return StreamBatches(
         run.dataset,
         "train",
@@ -227,8 +229,11 @@ def _batches(run: Run, world: World, start: int) -> StreamBatches:
         streams=streams_of(world.rank, world.size, settings.micro_batches),
         micro_batch_size=settings.batch_size // settings.micro_batches,
         start_step=start,
-        flip=run.config.data.flip,
-        cache_bytes=run.config.data.cache_bytes,
+        flip=data.flip,
+        cache_bytes=data.cache_bytes,
+        fetch=fetch_through(data.disk_cache, data.disk_cache_bytes, run.dataset.storage),
+        decode_threads=data.decode_threads,
+        max_bad_share=data.max_bad_share if data.on_bad_sample == "skip" else None,
     )
 
 

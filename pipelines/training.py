@@ -211,6 +211,10 @@ class Learner:
             place = slice(part.stream * len(t), (part.stream + 1) * len(t))
             drawn[:, place] = torch.stack((t.to(losses.dtype), losses.detach()))
             losses = losses * weights.to(losses.dtype)
+        sample_weights = getattr(part, "weight", None)
+        if sample_weights is not None:
+            # zero for a bad sample that was passed over
+            losses = losses * sample_weights.to(losses)
         (losses.sum() / config.train.batch_size).backward()
         return losses.detach().double().sum()
 

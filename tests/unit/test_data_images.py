@@ -77,13 +77,15 @@ def test_encode_png_refuses_what_is_no_image(wrong: np.ndarray) -> None:
         encode_png(wrong)
 
 
-def png_of(width: int, height: int, depth: int, colour: int, body: bytes) -> bytes:
+def png_of(
+    width: int, height: int, depth: int, colour: int, body: bytes, *, interlaced: bool = False
+) -> bytes:
     """A PNG written by hand, since Pillow writes none with 16 bits of colour and none that lies."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)

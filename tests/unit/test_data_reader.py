@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import io
 import itertools
 import threading
 import tracemalloc
@@ -234,7 +235,8 @@ def test_an_index_of_another_version_is_refused_with_both_named(tmp_path: Path) 
         (encode_png(random_images(1, (3, 8, 8))[0]), "shape"),
         (image_bytes(Image.new("P", (8, 8))), "colour type 3"),
         (image_bytes(Image.new("L", (8, 9)), "JPEG"), "shape"),
-        (image_bytes(Image.new("L", (8, 8)), "JPEG")[:-200], "broken JPEG"),
+        (image_bytes(Image.new("CMYK", (8, 8)), "JPEG"), "JPEG of mode CMYK"),
+        (image_bytes(Image.new("L", (8, 8)), "JPEG")[:-40], "broken JPEG"),
         (image_bytes(Image.new("L", (8, 8)), "BMP"), "no PNG"),
         (image_bytes(Image.new("L", (8, 8)))[:-25], "broken PNG"),
         (b"", "no PNG"),
@@ -289,6 +291,39 @@ def test_started_anywhere_it_reads_what_it_would_have_read_from_zero(tmp_path: P
     assert far[0].position.tolist() == [3 * 10**8 + place for place in range(3)]
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7)])
+@pytest.mark.parametrize("levels", [256, 17])
+def test_however_it_is_handed_over_and_by_however_many_threads_the_batch_is_the_same(
+    tmp_path: Path, shape: tuple[int, int, int], levels: int
+) -> None:
+    dataset, _ = dataset_of(tmp_path, [5, 9, 2], shape)
+    dataset = dataclasses.replace(dataset, levels=levels)
+    expected = batches(dataset, 6, flip=True)
+    assert all(part.x_start.is_contiguous() for parts in expected for part in parts)
+    for options in ({"decode_threads": 3}, {"channels_last": True}, {"as_bytes": True}):
+        for parts, plain in zip(batches(dataset, 6, flip=True, **options), expected, strict=True):
+            for one, two in zip(parts, plain, strict=True):
+                if "as_bytes" in options:
+                    assert one.x_start.dtype == torch.uint8
+                    assert torch.equal(to_model(one.x_start, levels), two.x_start)
+                else:
+                    assert same(one, two)
+                if "channels_last" in options:
+                    assert one.x_start.is_contiguous(memory_format=torch.channels_last)
+    (both,) = batches(dataset, 1, as_bytes=True, channels_last=True)
+    assert both[0].x_start.is_contiguous(memory_format=torch.channels_last)
+    assert all(part.weight.tolist() == [1, 1, 1] for part in both)
+
+
+def test_jpegs_are_read_as_pillow_reads_them(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in random_images(5, (3, 9, 7))]
+    files = [image_bytes(picture, "JPEG") for picture in pictures]
+    shard = pack(Sample(f"{number}", file) for number, file in enumerate(files))
+    dataset = put_dataset(tmp_path, {"train": [shard]}, (3, 9, 7))
+    for file, (_, image, _) in zip(files, read_split(dataset, "train"), strict=True):
+        assert np.array_equal(image.transpose(1, 2, 0), np.asarray(Image.open(io.BytesIO(file))))
+
+
 def test_a_flip_depends_on_the_draw_alone(tmp_path: Path) -> None:
     dataset, _ = dataset_of(tmp_path, [6, 6])
     flipped, turned = 0, 0
@@ -313,9 +348,10 @@ def test_fewer_samples_than_streams_and_batches_longer_than_an_epoch_work(tmp_pa
 
 
 def test_each_shard_is_fetched_once_by_a_pass_over_the_data(tmp_path: Path) -> None:
-    dataset, _ = dataset_of(tmp_path, [8] * 12)
+    dataset, _ = dataset_of(tmp_path, [8] * 24)
     storage = watched(dataset)
-    # 96 samples in 4 streams of 24: eight steps of 3 are one epoch, and the reader looks two steps ahead
+    # 192 samples in 4 streams of 6 shards: 16 steps of 3 are one epoch, and the reader looks two steps and a shard
+    # a stream ahead
     batches(through(dataset, storage), 6, prefetch=1)
     fetched = {key: times for key, times in storage.gets.items() if key.endswith(".tar")}
     assert fetched

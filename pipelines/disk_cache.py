@@ -1,0 +1,150 @@
+"""A node's disk as a cache of a data set's objects, shared by all processes of the node.
+
+FOLDER/ab/abcdef…        an object, named by its SHA-256; the time of its last use is its mtime
+FOLDER/.new-…            one that is being written, locked by who writes it
+FOLDER/.locks/000 … 3ff  held while an object is fetched, by the first 10 bits of its hash
+FOLDER/.locks/evict      held while room is made
+
+Everything read from it is checked by SHA-256, so that nothing in it has to be believed. The locks are the kernel's,
+which lets them go however a process dies. Whatever goes wrong with the disk, the object comes from its storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.errors import UserError, one_line
+from pipelines.shard_reader import Fetch, fetch_verified
+from pipelines.shards import sha256
+from pipelines.storage import Storage
+
+log = logging.getLogger(__name__)
+
+_NEW = ".new-"
+
+
+def default_folder() -> Path:
+    """A folder of this user's under the system's temporary one."""
+    return Path(tempfile.gettempdir()) / f"ddpm-cache-{os.getuid()}"
+
+
+def fetch_through(setting: str, max_bytes: int, storage: Storage) -> Fetch:
+    """How to fetch a data set's objects. `setting`: "none"; a folder; or "auto", which is a folder under the
+    system's temporary one for data that are on another machine, and none for files.
+
+    Raises `UserError` on a relative folder.
+    """
+    if setting == "none" or (setting == "auto" and storage.uri.startswith("file:")):
+        return fetch_verified
+    folder = default_folder() if setting == "auto" else Path(setting).expanduser()
+    if not folder.is_absolute():
+        raise UserError(f"data.disk_cache: must be auto, none or an absolute folder, got {setting!r}")
+    return DiskCache(folder, max_bytes)
+
+
+class DiskCache:
+    """A `Fetch` that keeps up to `max_bytes` of objects in `folder`, those used last; made when first needed.
+
+    Objects that are just being written come on top. For any number of threads and processes.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._warned = threading.Event()
+
+    def __call__(self, storage: Storage, key: str, expected_sha256: str) -> bytes:
+        """The object's bytes, which have this SHA-256; errors as in `fetch_verified`."""
+        path = self._folder / expected_sha256[:2] / expected_sha256
+        data = self._found(path, expected_sha256)
+        if data is not None:
+            return data
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(self._lock(f"{int(expected_sha256[:3], 16) >> 2:03x}"))
+            except OSError as error:
+                self._warn(error)
+                return fetch_verified(storage, key, expected_sha256)
+            # whoever held the lock may have fetched it
+            data = self._found(path, expected_sha256)
+            if data is None:
+                data = fetch_verified(storage, key, expected_sha256)
+                self._keep(path, data)
+            return data
+
+    def _found(self, path: Path, expected: str) -> bytes | None:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn(error)
+            return None
+        if sha256(data) != expected:
+            log.warning("%s: is damaged; fetching it again", path)
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return data
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        if len(data) > self._max_bytes:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_NEW, delete=False) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    file.write(data)
+                    file.flush()
+                    with self._lock("evict"):
+                        self._make_room(len(data))
+                        Path(file.name).replace(path)
+                except BaseException:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            self._warn(error)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete what was used longest ago until so many bytes more fit, and what killed processes left."""
+        kept = []
+        for file in self._folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                if file.parent.name != ".locks":
+                    kept.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        total = num_bytes + sum(size for _, size, _ in kept)
+        for _, size, file in sorted(kept):
+            if total <= self._max_bytes:
+                break
+            file.unlink(missing_ok=True)
+            total -= size
+        for file in self._folder.glob(f"{_NEW}*"):
+            # one that is locked is being written; one that was just made is locked in a moment
+            with contextlib.suppress(OSError), file.open("rb") as left:
+                if left.seek(0, os.SEEK_END) == 0:
+                    continue
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                log.info("removing %s, which a killed process left", file)
+                file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        locks = self._folder / ".locks"
+        locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (locks / name).open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned.is_set():
+            self._warned.set()
+            log.warning("data.disk_cache %s: %s; going on without it", self._folder, one_line(error))

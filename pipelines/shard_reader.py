@@ -1,0 +1,255 @@
+"""Whole shards, fetched ahead of need, verified once and sliced by their index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.cache import WeightedLRU
+from pipelines.dataset import DataError, Dataset, Shard
+from pipelines.decode import decode_into
+from pipelines.shards import ShardIndex, parse_index, sha256
+from pipelines.storage import ObjectMissing, Storage
+
+DEFAULT_CACHE_BYTES = 256 * 2**20
+_FETCH_ATTEMPTS = 3
+# a tar of which the images are less than this share is kept as its images alone
+_DENSE = 0.8
+
+# (storage, key, SHA-256) -> bytes that have this hash
+Fetch = Callable[[Storage, str, str], bytes]
+
+
+def fetch_verified(storage: Storage, key: str, expected_sha256: str) -> bytes:
+    """The object's bytes, which have this SHA-256.
+
+    A body that has not is fetched again, three times in all. Raises `DataError` naming the object if it is
+    missing or stays wrong; `StorageError` if the storage cannot be read.
+    """
+    for _ in range(_FETCH_ATTEMPTS):
+        try:
+            data = storage.get(key)
+        except ObjectMissing:
+            raise DataError(
+                f"{storage.uri}/{key}: is missing from its data set: restore it, or prepare the set again"
+            ) from None
+        found = sha256(data)
+        if found == expected_sha256:
+            return data
+    raise DataError(
+        f"{storage.uri}/{key}: is damaged or was exchanged: its {len(data)} bytes have SHA-256 {found[:16]}… "
+        f"and the data set names {expected_sha256[:16]}… (fetched {_FETCH_ATTEMPTS} times)"
+    )
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample whose image cannot be had. `object`: its shard's address; `reason`: why, in a few words."""
+
+    shard: int
+    row: int
+    object: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.object}: sample {self.key!r}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class _LoadedShard:
+    """The images' bytes: the tar as it is, or, of small images, where a tar is mostly headers and padding, their
+    bytes alone, end to end. Image i stands at `start[i]`.
+    """
+
+    data: bytes
+    start: NDArray[np.int64]
+    index: ShardIndex
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data) + self.start.nbytes + self.index.num_bytes
+
+    def decode(
+        self, rows: NDArray[np.int64], out: NDArray[np.uint8], places: Sequence[int]
+    ) -> list[tuple[int, str]]:
+        """The images of these rows into these places of `out`, `[n, H, W, C]`. Returns the places of those that
+        are bad, each with the reason.
+        """
+        start, stop = self.start[rows], self.start[rows] + self.index.length[rows]
+        crcs, data, bad = self.index.crc32c[rows], self.data, []
+        for place, a, b, crc in zip(places, start.tolist(), stop.tolist(), crcs.tolist(), strict=True):
+            image = data[a:b]
+            try:
+                if google_crc32c.value(image) != crc:
+                    raise ValueError("its bytes do not have the CRC32C that the index gives")
+                decode_into(image, out[place])
+            except ValueError as error:
+                bad.append((place, str(error)))
+        return bad
+
+
+class ShardReader:
+    """Reads samples of one split by (shard, row).
+
+    A shard is fetched whole, once, and kept while it fits: up to `cache_bytes` in all, and up to `max_shards`
+    shards where that is given; one shard is always kept. `fetch_ahead` fetches up to `parallel` shards at a time
+    in threads, within the same memory. With `decode_threads` above 1 as many threads decode; the images are
+    the same. `fetch` is where a cache of a node's disk goes in between. For one thread; `close()` ends its own.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        *,
+        max_shards: int | None = None,
+        parallel: int = 4,
+        decode_threads: int = 1,
+        fetch: Fetch = fetch_verified,
+    ) -> None:
+        self._dataset = dataset
+        self._shards = dataset.shards(split)
+        self._fetch = fetch
+        self._cache_bytes = cache_bytes
+        self._loaded: WeightedLRU[int, _LoadedShard] = WeightedLRU(cache_bytes, max_shards)
+        self._under_way: dict[int, Future[_LoadedShard]] = {}
+        # threads start with the first task
+        self._fetchers = ThreadPoolExecutor(parallel, "ddpm-fetch")
+        self._decode_threads = decode_threads
+        self._decoders = ThreadPoolExecutor(decode_threads, "ddpm-decode")
+
+    @property
+    def cached_bytes(self) -> int:
+        return self._loaded.num_bytes
+
+    def close(self) -> None:
+        """Begin no further fetch. Fetches that are under way end by themselves."""
+        for pool in (self._fetchers, self._decoders):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def read(
+        self, shard: int, rows: Sequence[int] | NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The images (uint8 `[n, C, H, W]`) and labels (int64 `[n]`, −1 for none) at these rows of a shard.
+
+        Raises `DataError` naming the shard, and the sample's key where it is one sample's fault.
+        """
+        channels, height, width = self._dataset.shape
+        images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
+        wanted = np.asarray(rows, dtype=np.int64)
+        labels, bad = self.read_into(shard, wanted, images, range(len(rows)))
+        if bad:
+            raise DataError(str(bad[0]))
+        return images.transpose(0, 3, 1, 2), labels
+
+    def read_into(
+        self, shard: int, rows: NDArray[np.int64], out: NDArray[np.uint8], places: Sequence[int]
+    ) -> tuple[NDArray[np.int64], list[BadSample]]:
+        """Decode these rows of a shard into these places of `out`, uint8 `[n, H, W, C]`.
+
+        Returns the labels of all, and the bad samples, `out` being zero at their places. Raises `DataError` naming
+        the shard where the shard itself is bad.
+        """
+        loaded = self._get(shard)
+        row_of = dict(zip(places, rows.tolist(), strict=True))
+        bad = []
+        for place, reason in self._decode(loaded, rows, out, places):
+            out[place] = 0
+            key = loaded.index.key[row_of[place]].as_py()
+            where = self._dataset.uri_of(self._shards[shard])
+            bad.append(BadSample(shard, row_of[place], where, key, reason))
+        return loaded.index.label[rows], bad
+
+    def _decode(
+        self, loaded: _LoadedShard, rows: NDArray[np.int64], out: NDArray[np.uint8], places: Sequence[int]
+    ) -> list[tuple[int, str]]:
+        size = -(-len(places) // self._decode_threads)
+        if size == len(places):
+            return loaded.decode(rows, out, places)
+        pieces = [
+            self._decoders.submit(
+                loaded.decode, rows[first : first + size], out, places[first : first + size]
+            )
+            for first in range(0, len(places), size)
+        ]
+        return [bad for piece in pieces for bad in piece.result()]
+
+    def keys(self, shard: int) -> list[str]:
+        """The keys of a shard's samples, in the stored order."""
+        return list(self._get(shard).index.key.to_pylist())
+
+    def retain(self, shards: Container[int]) -> None:
+        """Forget all shards that are here but these."""
+        self._loaded.retain(shards)
+
+    def fetch_ahead(self, shards: Iterable[int], in_use: int) -> None:
+        """Begin to fetch those of these shards that are not here yet, the soonest needed first, as far as
+        `cache_bytes` reach. Room is made of shards that are here, except the `in_use` that were read last.
+        """
+        for shard in shards:
+            if shard in self._loaded or shard in self._under_way:
+                continue
+            coming = sum(self._shards[other].num_bytes for other in self._under_way)
+            room = self._cache_bytes - coming - self._shards[shard].num_bytes
+            if not self._loaded.shrink(room, in_use):
+                return
+            self._under_way[shard] = self._fetchers.submit(self._load, self._shards[shard])
+
+    def _get(self, shard: int) -> _LoadedShard:
+        return self._loaded.get(shard, lambda: self._arrived(shard), lambda loaded: loaded.num_bytes)
+
+    def _arrived(self, shard: int) -> _LoadedShard:
+        future = self._under_way.pop(shard, None)
+        if future is None or future.cancel():
+            return self._load(self._shards[shard])
+        return future.result()
+
+    def _load(self, shard: Shard) -> _LoadedShard:
+        storage = self._dataset.storage
+        raw_index = self._fetch(storage, shard.index_key, shard.index_sha256)
+        try:
+            index = parse_index(raw_index)
+            if (index.count, index.tar_sha256, index.tar_num_bytes) != (
+                shard.count,
+                shard.sha256,
+                shard.num_bytes,
+            ):
+                raise ValueError("an index of another tar than the data set names")
+        except ValueError as error:
+            raise DataError(f"{storage.uri}/{shard.index_key}: {error}") from None
+        tar = self._fetch(*self._dataset.tar_of(shard), shard.sha256)
+        if index.length.sum() >= _DENSE * len(tar):
+            return _LoadedShard(tar, index.offset, index)
+        view = memoryview(tar)
+        spans = zip(index.offset.tolist(), index.length.tolist(), strict=True)
+        images = b"".join(view[offset : offset + length] for offset, length in spans)
+        return _LoadedShard(images, np.cumsum(index.length) - index.length, index)
+
+
+def read_split(
+    dataset: Dataset, split: str, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
+    """Samples `start` to `stop` of a split in stored order, as (key, uint8 `[C, H, W]`, label or −1).
+
+    One shard is held at a time, and shards before `start` are not fetched.
+    """
+    if start < 0 or (stop is not None and stop < start):
+        raise ValueError(f"start, stop: must be 0 <= start <= stop, got {start!r}, {stop!r}")
+    reader = ShardReader(dataset, split, cache_bytes=0)
+    first = 0
+    for number, shard in enumerate(dataset.shards(split)):
+        last = first + shard.count
+        rows = range(max(start, first) - first, (last if stop is None else min(stop, last)) - first)
+        if len(rows):
+            keys = reader.keys(number)
+            for row in rows:
+                images, labels = reader.read(number, [row])
+                yield keys[row], images[0], int(labels[0])
+        first = last

@@ -1,0 +1,243 @@
+"""Reading images as decoded batches of 64: our reader against other loaders and against decoding alone.
+
+`make bench-data`. The images (gradients with seeded noise) and an S3 server are made here. What the rows name takes
+turns in this one run; a figure is the median of its turns. "A core" is a second of this process's CPU time, all
+its threads included, which does not see what else the machine does; the clock is printed beside it. Ray Data
+works in processes of its own, so that only its time by the clock is known.
+
+mosaicml-streaming 0.13 is not here: it wants numpy < 2.2, and constraints.txt pins a later one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import secrets
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+import torch
+import webdataset as wds
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.dataset import Dataset
+from pipelines.decode import decode_into
+from pipelines.images import encode_png
+from pipelines.reader import StreamBatches
+from pipelines.shards import Sample, pack
+from tests.support.data import put_dataset
+from tests.support.s3 import BUCKET, moto_server, use_endpoint
+
+BATCH = 64
+DIFFERENT = 256
+KINDS = {"PNG 32×32": (32, 16_384, 1024), "JPEG 256×256": (256, 2048, 256)}
+Images = Iterator[NDArray[np.uint8] | torch.Tensor]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--no-ray", action="store_true", help="leave Ray Data out")
+    options.add_argument(
+        "--memory", type=int, default=100_000, help="samples of the epoch whose memory is shown"
+    )
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        moto_server(Path(folder) / "moto.log") as endpoint,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        use_endpoint(patch, endpoint)
+        token = Path(folder) / "ray-token"
+        token.write_text(secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        for kind, (side, count, per_shard) in KINDS.items():
+            files = make_files(side)
+            sets = {
+                "disk": put(f"file://{folder}/{side}", files, count, per_shard, side),
+                "S3": put(f"s3://{BUCKET}/{side}", files, count, per_shard, side),
+            }
+            compare(kind, files, count, sets, given.rounds)
+            if not given.no_ray:
+                ray_data(count, sets["disk"])
+        side = KINDS["PNG 32×32"][0]
+        show_memory(put(f"file://{folder}/many", make_files(side), given.memory, 1000, side))
+
+
+def make_files(side: int) -> list[bytes]:
+    """PNG for 32 pixels a side, JPEG of quality 90 for more."""
+    draw = np.random.default_rng(0)
+    y, x = np.mgrid[0:side, 0:side] / side
+    files = []
+    for _ in range(DIFFERENT if side == 32 else DIFFERENT // 4):
+        slope, mean = draw.uniform(-100, 100, (2, 3, 1, 1)), draw.uniform(80, 170, (3, 1, 1))
+        image = mean + slope[0] * x + slope[1] * y + draw.normal(0, 8, (3, side, side))
+        pixels = image.clip(0, 255).astype(np.uint8)
+        if side == 32:
+            files.append(encode_png(pixels))
+        else:
+            with io.BytesIO() as file:
+                Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=90)
+                files.append(file.getvalue())
+    return files
+
+
+def put(uri: str, files: list[bytes], count: int, per_shard: int, side: int) -> Dataset:
+    shards = (
+        pack(
+            Sample(f"{number:07d}", files[number % len(files)], number % 10)
+            for number in range(first, min(first + per_shard, count))
+        )
+        for first in range(0, count, per_shard)
+    )
+    return put_dataset(uri, {"train": list(shards)}, (3, side, side))
+
+
+def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset], rounds: int) -> None:
+    side = KINDS[kind][0]
+    ways: dict[str, Callable[[], Images]] = {
+        "decode alone": lambda: _decode_alone(files, count, side),
+        "Pillow alone": lambda: _pillow_alone(files, count),
+    }
+    for place, dataset in sets.items():
+        ways |= {
+            f"raw bytes, {place}": lambda dataset=dataset: _raw(dataset),  # type: ignore[misc]
+            f"ours, {place}": lambda dataset=dataset: _ours(dataset, count),  # type: ignore[misc]
+            f"webdataset, {place}": lambda dataset=dataset: _webdataset(dataset),  # type: ignore[misc]
+        }
+    _check_pixels(ways["ours, disk"](), files)
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    clock: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            began, spent = time.perf_counter(), time.process_time()
+            for _ in way():
+                pass
+            if turn:  # the first one warms up
+                cpu[name].append((time.process_time() - spent) / count)
+                clock[name].append((time.perf_counter() - began) / count)
+    print(f"\n{kind}, {len(files[0]):,} bytes, {count:,} samples, {rounds} turns")
+    print(f"  {'':22}{'samples/s a core':>18}{'samples/s by the clock':>25}")
+    for name in ways:
+        a, b = (1 / statistics.median(times[name]) for times in (cpu, clock))
+        print(f"  {name:22}{a:18,.0f}{b:25,.0f}")
+
+    def ratio(one: str, two: str) -> str:
+        pairs = [
+            statistics.median(a / b for a, b in zip(times[one], times[two], strict=True))
+            for times in (cpu, clock)
+        ]
+        return f"{pairs[0]:.2f} a core, {pairs[1]:.2f} by the clock"
+
+    for place in sets:
+        faster = ratio(f"webdataset, {place}", f"ours, {place}")
+        print(f"  ours against webdataset {wds.__version__}, {place}: {faster}")
+        print(f"  time against decode alone, {place}: {ratio(f'ours, {place}', 'decode alone')}")
+    print(f"  time from S3 against disk: {ratio('ours, S3', 'ours, disk')}")
+
+
+def _decode_alone(files: list[bytes], count: int, side: int) -> Images:
+    for first in range(0, count, BATCH):
+        images = np.empty((BATCH, side, side, 3), np.uint8)
+        for place in range(BATCH):
+            decode_into(files[(first + place) % len(files)], images[place])
+        yield images
+
+
+def _pillow_alone(files: list[bytes], count: int) -> Images:
+    for first in range(0, count, BATCH):
+        some = (files[(first + place) % len(files)] for place in range(BATCH))
+        yield np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in some])
+
+
+def _raw(dataset: Dataset) -> Images:
+    for shard in dataset.shards("train"):
+        yield np.frombuffer(dataset.storage.get(shard.key), np.uint8)
+
+
+def _ours(dataset: Dataset, count: int) -> Images:
+    with StreamBatches(
+        dataset,
+        "train",
+        seed=0,
+        num_streams=1,
+        streams=[0],
+        micro_batch_size=BATCH,
+        as_bytes=True,
+        channels_last=True,
+    ) as batches:
+        for _ in range(count // BATCH):
+            yield next(batches)[0].x_start
+
+
+def _webdataset(dataset: Dataset) -> Images:
+    def opened(url: str, mode: str = "rb", bufsize: int = 0) -> io.BytesIO:
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        return io.BytesIO(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+
+    client = boto3.client("s3")
+    wds.gopen_schemes["s3"] = opened
+    urls = [f"{dataset.uri}/{shard.key}".removeprefix("file://") for shard in dataset.shards("train")]
+    samples = wds.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(1000).decode("rgb8")
+    for images, _ in samples.to_tuple("png;jpg", "cls").batched(BATCH):
+        yield images
+
+
+def _check_pixels(batches: Images, files: list[bytes]) -> None:
+    expected = {np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in files}
+    for images in batches:
+        rows = torch.as_tensor(images).permute(0, 2, 3, 1).contiguous().numpy()
+        assert all(row.tobytes() in expected for row in rows), "pixels that are not Pillow's"
+
+
+def ray_data(count: int, dataset: Dataset) -> None:
+    import ray
+
+    paths = [f"{dataset.uri}/{shard.key}".removeprefix("file://") for shard in dataset.shards("train")]
+    with contextlib.redirect_stderr(io.StringIO()):
+        ray.init(address="local", num_cpus=1, log_to_driver=False, include_dashboard=False)
+        try:
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            times = []
+            for _ in range(2):
+                began = time.perf_counter()
+                read = sum(
+                    len(rows["__key__"])
+                    for rows in ray.data.read_webdataset(paths).iter_batches(batch_size=BATCH)
+                )
+                times.append((time.perf_counter() - began) / read)
+                assert read == count
+        finally:
+            ray.shutdown()
+    print(f"  Ray Data {ray.__version__}, disk, one core: {1 / min(times):,.0f} samples/s by the clock")
+
+
+def show_memory(dataset: Dataset) -> None:
+    """Memory of this process over an epoch: flat means that the last quarter is no higher than the second."""
+    process, count = psutil.Process(), dataset.count("train")
+    before = process.memory_info().rss
+    used = []
+    for step, _ in enumerate(_ours(dataset, count)):
+        if step % 10 == 0:
+            used.append(process.memory_info().rss)
+    quarter = len(used) // 4
+    peaks = [max(used[part * quarter : (part + 1) * quarter]) / 2**20 for part in range(4)]
+    print(
+        f"\nmemory over an epoch of {count:,} PNG 32×32: {before / 2**20:.0f} MiB before, then at most, by quarters"
+    )
+    print("  " + ", ".join(f"{peak:.0f}" for peak in peaks) + " MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Fast decoding: Pillow's pixels and refusals for images of every kind, and the fast libraries where they may."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from pipelines import decode as decode_module
+from pipelines.decode import decode, decode_into, decode_reference
+from tests.support.data import image_bytes
+from tests.unit.test_data_images import png_of
+
+HEIGHT, WIDTH = 21, 19
+
+
+def picture(mode: str, seed: int = 0) -> Image.Image:
+    """A gradient with noise, so that filters, prediction and quantisation all have something to do."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    noise = np.random.default_rng(seed).integers(0, 40, (HEIGHT, WIDTH, 3))
+    colours = np.stack([x * 11, y * 10, (x + y) * 5], -1) + noise
+    return Image.fromarray(colours.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def with_text() -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "café")
+    return info
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def jpeg(mode: str, **options: object) -> bytes:
+    return image_bytes(picture(mode), "JPEG", **options)
+
+
+def png(mode: str, **options: object) -> bytes:
+    return image_bytes(picture(mode), "PNG", **options)
+
+
+FAST = {
+    "grey PNG": png("L"),
+    "RGB PNG": png("RGB"),
+    "stored PNG": png("RGB", compress_level=0),
+    "PNG with text": png("RGB", pnginfo=with_text()),
+    "PNG with a profile": png("RGB", icc_profile=b"profile" * 9, dpi=(72, 72)),
+    "grey JPEG": jpeg("L"),
+    "JPEG": jpeg("RGB"),
+    "JPEG 4:4:4": jpeg("RGB", subsampling=0, quality=95),
+    "JPEG 4:2:2": jpeg("RGB", subsampling=1),
+    "progressive JPEG": jpeg("RGB", progressive=True),
+    "progressive grey JPEG": jpeg("L", progressive=True),
+    "optimised JPEG": jpeg("RGB", optimize=True, quality=10),
+    "JPEG that keeps RGB": jpeg("RGB", keep_rgb=True),
+    "JPEG with restarts": jpeg("RGB", restart_marker_blocks=1),
+    "JPEG turned by EXIF": jpeg("RGB", exif=turned()),
+}
+BY_PILLOW = {
+    "RGB PNG with a transparent colour": png("RGB", transparency=(11, 10, 5)),
+    "grey PNG with a transparent shade": png("L", transparency=7),
+    "16-bit grey": image_bytes(Image.new("I;16", (WIDTH, HEIGHT), 5000)),
+    "16-bit RGB": png_of(WIDTH, HEIGHT, 16, 2, (b"\0" + bytes(range(6 * WIDTH))) * HEIGHT),
+    "1-bit": png("1"),
+    "2-bit grey": png_of(WIDTH, HEIGHT, 2, 0, (b"\0" + bytes(range(5))) * HEIGHT),
+    "4-bit grey": png_of(WIDTH, HEIGHT, 4, 0, (b"\0" + bytes(range(10))) * HEIGHT),
+    "palette": image_bytes(picture("RGB").quantize(16)),
+    "palette with transparency": image_bytes(picture("RGB").quantize(16), transparency=3),
+    "RGBA": png("RGBA"),
+    "LA": png("LA"),
+    "animation": image_bytes(picture("L"), save_all=True, append_images=[picture("L", 1)]),
+    "CMYK JPEG": jpeg("CMYK"),
+    "two pictures": image_bytes(picture("RGB"), "MPO", save_all=True, append_images=[picture("RGB", 1)]),
+    "BMP": image_bytes(picture("RGB"), "BMP"),
+    "nothing": b"",
+}
+
+
+def outcome(data: bytes, shape: tuple[int, int, int], *, fast: bool) -> NDArray[np.uint8] | str:
+    try:
+        return decode(data, shape) if fast else decode_reference(data, shape)
+    except ValueError as error:
+        return str(error)
+
+
+def same(one: NDArray[np.uint8] | str, two: NDArray[np.uint8] | str) -> bool:
+    if isinstance(one, str) or isinstance(two, str):
+        return isinstance(one, str) and isinstance(two, str)
+    return np.array_equal(one, two)
+
+
+def pillow(data: bytes) -> NDArray[np.uint8]:
+    """Pillow's pixels, without anything of ours."""
+    with Image.open(io.BytesIO(data)) as opened:
+        pixels = np.asarray(opened)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_the_fast_libraries_give_pillows_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pillow(FAST[kind])
+    monkeypatch.setattr(decode_module, "decode_reference", None)  # it must not be needed
+    assert np.array_equal(decode(FAST[kind], expected.shape), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", BY_PILLOW)
+def test_every_other_image_gets_pillows_pixels_or_its_refusal(kind: str, channels: int) -> None:
+    shape = (channels, HEIGHT, WIDTH)
+    reference = outcome(BY_PILLOW[kind], shape, fast=False)
+    found = outcome(BY_PILLOW[kind], shape, fast=True)
+    assert same(found, reference)
+    if isinstance(reference, str):
+        assert found == reference
+    elif isinstance(found, np.ndarray):
+        assert np.array_equal(found, pillow(BY_PILLOW[kind]))
+
+
+def test_which_of_those_images_are_read_at_all() -> None:
+    read = {
+        kind
+        for kind, data in BY_PILLOW.items()
+        for channels in (1, 3)
+        if not isinstance(outcome(data, (channels, HEIGHT, WIDTH), fast=True), str)
+    }
+    assert read == {"RGB PNG with a transparent colour", "grey PNG with a transparent shade"}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 31), (33, 17)])
+@pytest.mark.parametrize("options", [{"subsampling": 2}, {"subsampling": 0}, {"progressive": True}])
+def test_jpegs_of_odd_sizes_and_qualities_have_pillows_pixels(
+    size: tuple[int, int], options: dict[str, object]
+) -> None:
+    for quality in (5, 50, 75, 100):
+        data = image_bytes(picture("RGB").resize(size), "JPEG", quality=quality, **options)
+        assert np.array_equal(decode(data, (3, size[1], size[0])), pillow(data))
+
+
+def test_an_interlaced_png_has_pillows_pixels() -> None:
+    """8×8 in Adam7's seven passes, written by hand, since Pillow writes none."""
+    passes = [
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ]
+    pixels = np.asarray(picture("RGB").resize((8, 8)))
+    rows = b"".join(
+        b"\0" + pixels[y, x0::dx].tobytes() for x0, y0, dx, dy in passes for y in range(y0, 8, dy)
+    )
+    data = png_of(8, 8, 8, 2, rows, interlaced=True)
+    assert np.array_equal(pillow(data), pixels.transpose(2, 0, 1))
+    assert np.array_equal(decode(data, (3, 8, 8)), pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["RGB PNG", "PNG with text", "JPEG", "progressive JPEG"])
+def test_of_a_damaged_file_it_gives_what_pillow_gives(kind: str) -> None:
+    draw, whole, shape = random.Random(0), FAST[kind], (3, HEIGHT, WIDTH)
+    outcomes: Counter[str] = Counter()
+    for _ in range(400):
+        data = bytearray(whole)
+        place = draw.randrange(len(data))
+        if draw.random() < 0.7:
+            data[place] ^= 1 << draw.randrange(8)
+        else:
+            data[place : place + draw.randrange(1, 5)] = draw.randbytes(draw.randrange(4))
+        if draw.random() < 0.2:
+            del data[draw.randrange(len(data)) :]
+        reference = outcome(bytes(data), shape, fast=False)
+        assert same(outcome(bytes(data), shape, fast=True), reference)
+        outcomes["refused" if isinstance(reference, str) else "read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 5
+
+
+def test_it_writes_into_the_middle_of_a_batch_and_nowhere_else() -> None:
+    for kind in ("RGB PNG", "JPEG", "RGB PNG with a transparent colour"):
+        data = (FAST | BY_PILLOW)[kind]
+        batch = np.full((3, HEIGHT, WIDTH, 3), 9, np.uint8)
+        decode_into(data, batch[1])
+        assert np.array_equal(batch[1], pillow(data).transpose(1, 2, 0))
+        assert (batch[[0, 2]] == 9).all()

@@ -1,0 +1,220 @@
+"""The node's disk cache: fetched once by a node, bounded, verified, and never a reason to fail."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipelines.dataset import DataError
+from pipelines.disk_cache import DiskCache, default_folder, fetch_through
+from pipelines.errors import UserError
+from pipelines.shard_reader import fetch_verified
+from pipelines.shards import sha256
+from pipelines.storage import open_storage
+from tests.support.data import WatchedStorage, dataset_of
+from tests.support.s3 import HostileS3, use_endpoint
+
+MANY = 2**40
+
+
+class Place:
+    """Ten objects of 100 bytes, watched, and a cache of them."""
+
+    def __init__(self, folder: Path, max_bytes: int = MANY) -> None:
+        self.storage = WatchedStorage(open_storage(str(folder / "store")))
+        self.hashes: list[str] = []
+        for number in range(10):
+            data = bytes([number]) * 100
+            self.storage.put(str(number), data)
+            self.hashes.append(sha256(data))
+        self.folder = folder / "cache"
+        self.cache = DiskCache(self.folder, max_bytes)
+
+    def get(self, number: int) -> None:
+        assert self.cache(self.storage, str(number), self.hashes[number]) == bytes([number]) * 100
+
+    def file(self, number: int) -> Path:
+        return self.folder / self.hashes[number][:2] / self.hashes[number]
+
+    def kept(self) -> set[int]:
+        return {number for number in range(10) if self.file(number).exists()}
+
+
+def test_what_was_fetched_once_is_not_fetched_again_also_by_another_process(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    for number in (1, 2, 1):
+        place.get(number)
+    place.cache = DiskCache(place.folder, MANY)
+    place.get(2)
+    assert place.storage.gets == {"1": 1, "2": 1}
+
+
+def test_what_was_used_longest_ago_goes_and_the_bound_holds(tmp_path: Path) -> None:
+    place = Place(tmp_path, max_bytes=300)
+    for age, number in enumerate((0, 1, 2)):
+        place.get(number)
+        os.utime(place.file(number), (1000 + age, 1000 + age))
+    place.get(0)
+    place.get(3)
+    assert place.kept() == {0, 2, 3}
+    place.get(1)
+    assert place.storage.gets["1"] == 2
+    assert place.kept() == {0, 1, 3}
+
+
+def test_an_object_larger_than_the_cache_is_not_kept_and_drops_nothing(tmp_path: Path) -> None:
+    place = Place(tmp_path, max_bytes=250)
+    place.get(0)
+    big = bytes(1000)
+    place.storage.put("big", big)
+    assert place.cache(place.storage, "big", sha256(big)) == big
+    assert place.kept() == {0}
+    assert len([file for file in place.folder.glob("*/*") if file.parent.name != ".locks"]) == 1
+
+
+@pytest.mark.parametrize("damaged", [b"", bytes(99), b"\1" * 99 + b"\2"])
+def test_a_damaged_file_is_fetched_again(
+    tmp_path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path)
+    place.get(1)
+    place.file(1).write_bytes(damaged)
+    place.get(1)
+    place.get(1)
+    assert place.storage.gets["1"] == 2
+    assert caplog.text.count("is damaged; fetching it again") == 1
+
+
+def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.get(0)
+    left = place.folder / ".new-left"
+    left.write_bytes(b"half")
+    with (place.folder / ".new-living").open("wb") as living:
+        living.write(b"half")
+        living.flush()
+        fcntl.flock(living, fcntl.LOCK_EX)
+        place.get(1)
+    assert not left.exists()
+    assert (place.folder / ".new-living").exists()
+
+
+@pytest.mark.parametrize("what", ["write", "lock", "read"])
+def test_a_full_or_broken_disk_costs_one_warning_and_nothing_else(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path)
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if what == "write":
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    elif what == "lock":
+        place.folder.write_bytes(b"a file where the folder should be")
+    else:
+        monkeypatch.setattr(Path, "read_bytes", full)
+        place.storage.inner = _Memory({"1": b"\1" * 100, "2": b"\2" * 100})  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING):
+        for number in (1, 2, 1):
+            place.get(number)
+    assert caplog.text.count("going on without it") == 1
+
+
+class _Memory:
+    uri = "memory:"
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+
+    def get(self, key: str) -> bytes:
+        return self.objects[key]
+
+
+def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path)
+
+    def full(self: DiskCache, num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(DiskCache, "_make_room", full)
+    place.get(1)
+    assert place.kept() == set()
+    assert not list(place.folder.glob(".new-*"))
+
+
+def test_an_object_that_stays_wrong_is_named_and_not_kept(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    with pytest.raises(DataError, match="store/1: is damaged or was exchanged"):
+        place.cache(place.storage, "1", place.hashes[2])
+    assert place.kept() == set()
+
+
+def test_threads_of_a_process_fetch_an_object_once(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    threads = [threading.Thread(target=place.get, args=(number % 3,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert place.storage.gets == {"0": 1, "1": 1, "2": 1}
+
+
+READER = """
+import sys
+from pathlib import Path
+from pipelines.dataset import Dataset
+from pipelines.disk_cache import DiskCache
+from pipelines.shard_reader import ShardReader
+dataset = Dataset.load(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+reader = ShardReader(dataset, "train", fetch=DiskCache(Path(sys.argv[2]), 2**30))
+print(sum(int(reader.read(shard, [0])[0].sum()) for shard in range(6)), flush=True)
+"""
+
+
+def test_two_workers_of_a_node_fetch_each_shard_once_by_the_servers_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, images = dataset_of(tmp_path / "set", [4] * 6)
+    files = [file for file in (tmp_path / "set").rglob("*") if file.is_file()]
+    server = HostileS3(objects={f"/data/{file.relative_to(tmp_path)}": file.read_bytes() for file in files})
+    with server.running() as endpoint:
+        use_endpoint(monkeypatch, endpoint)
+        command = [sys.executable, "-c", READER, "s3://data/set", str(tmp_path / "cache")]
+        workers = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in "ab"
+        ]
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n"
+        sums = [worker.communicate("go\n", timeout=120)[0] for worker in workers]
+    assert sums == [f"{images[::4].astype(int).sum()}\n"] * 2
+    gets = Counter(line for line in server.requests if "/train/" in line)
+    assert len(gets) == 12
+    assert set(gets.values()) == {1}
+
+
+def test_where_the_cache_is(tmp_path: Path) -> None:
+    local, remote = open_storage(str(tmp_path)), open_storage("s3://bucket/set")
+    assert fetch_through("auto", MANY, local) is fetch_verified
+    assert fetch_through("none", MANY, remote) is fetch_verified
+    chosen = fetch_through("auto", MANY, remote)
+    assert isinstance(chosen, DiskCache)
+    assert chosen._folder == default_folder()
+    assert isinstance(fetch_through(str(tmp_path), MANY, local), DiskCache)
+    with pytest.raises(
+        UserError, match=r"data\.disk_cache: must be auto, none or an absolute folder, got 'here'"
+    ):
+        fetch_through("here", MANY, remote)
