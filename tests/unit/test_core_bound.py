@@ -316,25 +316,41 @@ def test_sigma_of_zero_is_refused_by_name() -> None:
     ("name", "call"),
     [
         (
-            "levels",
+            "levels: ",
             lambda: BoundAccumulator(ReverseProcess(SHORT), levels=1, num_strata=2, seed=0),
         ),
         (
-            "num_strata",
+            "num_strata: ",
             lambda: BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=0, seed=0),
         ),
-        ("num_strata", lambda: stratify(SHORT, 20)),
-        ("index", lambda: _accumulator().add(_some_network, _images(2), torch.tensor([0.0, 1.0]))),
-        ("x_start", lambda: _accumulator().add(_some_network, _images(2), torch.arange(3))),
-        ("x_start", lambda: _accumulator().add(_some_network, _images(2).to(torch.uint8), torch.arange(2))),
-        ("state", lambda: _accumulator().load_state(torch.zeros(3))),
-        ("state", lambda: _accumulator().result()),
-        ("eps_theta's output", lambda: _accumulator().add(lambda x, t: x[:1], _images(2), torch.arange(2))),
+        ("num_strata: ", lambda: stratify(SHORT, 20)),
+        ("index: ", lambda: _accumulator().add(_some_network, _images(2), torch.tensor([0.0, 1.0]))),
+        ("x_start: ", lambda: _accumulator().add(_some_network, _images(2), torch.arange(3))),
+        ("x_start: ", lambda: _accumulator().add(_some_network, _images(2).to(torch.uint8), torch.arange(2))),
+        ("state: ", lambda: _accumulator().load_state(torch.zeros(3))),
+        ("state: ", lambda: _accumulator().result()),
+        (
+            r"x_start: must be finite, got nan at \[1, 0, 0, 1\]",
+            lambda: _accumulator().add(_some_network, _with_nan(), torch.arange(2)),
+        ),
+        ("x_start: ", lambda: prior_term(SHORT, torch.zeros(2))),
+        ("x_start: ", lambda: _term_of(torch.zeros(2))),
+        ("eps_theta's output: ", lambda: _accumulator().add(lambda x, t: x[:1], _images(2), torch.arange(2))),
     ],
 )
 def test_errors_name_the_argument(name: str, call) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}: "):
+    with pytest.raises(ValueError, match=rf"^{name}"):
         call()
+
+
+def _with_nan() -> Tensor:
+    x_start = _images(2)
+    x_start[1, 0, 0, 1] = math.nan
+    return x_start
+
+
+def _term_of(x_start: Tensor) -> Tensor:
+    return bound_term(_some_network, ReverseProcess(SHORT), x_start, full(3, x_start), x_start, levels=17)
 
 
 def _accumulator() -> BoundAccumulator:
