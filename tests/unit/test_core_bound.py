@@ -355,3 +355,26 @@ def _term_of(x_start: Tensor) -> Tensor:
 
 def _accumulator() -> BoundAccumulator:
     return BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=2, seed=0)
+
+
+def test_strata_are_short_where_the_terms_are_large() -> None:
+    """Half of the share is the terms of Gaussian data, of which almost all lies near t = 0."""
+    lengths = stratify(LINEAR, 10).diff()
+    assert int(lengths[0]) < 20
+    assert int(lengths[-1]) > 100
+
+
+def test_each_stratum_draws_a_timestep_of_its_own() -> None:
+    asked: list[Tensor] = []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return x_t
+
+    accumulator = BoundAccumulator(ReverseProcess(LINEAR), levels=3, num_strata=4, seed=0)
+    accumulator.add(network, torch.zeros(400, 1, 1, 1), torch.arange(400))
+    edges = stratify(LINEAR, 4)
+    places = (torch.stack(asked[1:]) - edges[:-1, None]) / edges.diff()[:, None]
+    assert bool(((places >= 0) & (places < 1)).all())
+    correlation = torch.corrcoef(places) - torch.eye(4)
+    assert float(correlation.abs().max()) < 0.25
