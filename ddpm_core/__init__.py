@@ -13,7 +13,7 @@ from ddpm_core.bound import (
     prior_term,
     reverse_of_sampler,
 )
-from ddpm_core.chains import karras_log_snr, log_snr_chain, nearest_timesteps, retimed
+from ddpm_core.chains import karras_log_snr, nearest_timesteps, retimed
 from ddpm_core.conditioning import NetworkConfig
 from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
 from ddpm_core.decoder import discretized_gaussian_log_likelihood
@@ -151,7 +151,6 @@ __all__ = [
     "path_bound",
     "path_terms",
     "karras_log_snr",
-    "log_snr_chain",
     "nearest_timesteps",
     "predict_eps",
     "predict_v",

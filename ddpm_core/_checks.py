@@ -46,6 +46,20 @@ def check_same_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) ->
         )
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """tensor must hold neither NaN nor ±∞. Checked on the CPU only, for the reason in `check_timesteps`."""
+    if tensor.device.type == "cpu" and not bool(tensor.isfinite().all()):
+        at = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}: must be finite, got {float(tensor[tuple(at)].detach())} at {at}")
+
+
+def check_batch(name: str, tensor: Tensor) -> None:
+    """tensor must be floating-point `[B, ...]` with one dimension or more besides the batch."""
+    check_floating(name, tensor)
+    if tensor.dim() < 2:
+        raise ValueError(f"{name}: must have the shape [B, ...], got {list(tensor.shape)}")
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: must be a floating-point tensor, got {tensor.dtype}")

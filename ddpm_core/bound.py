@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import rng
-from ddpm_core._checks import check_floating, check_index, check_same_shape, require
+from ddpm_core._checks import check_batch, check_finite, check_index, check_same_shape, require
 from ddpm_core._units import LN_2, Unit, in_unit
 from ddpm_core.decoder import discretized_gaussian_log_likelihood
 from ddpm_core.predictions import PredictionType
@@ -40,8 +40,8 @@ def bound_term(
 ) -> Tensor:
     """One term of the bound for each sample, `[B]` in bits a dimension or nats, differentiable.
 
-    t ≥ 1: KL(q(x_{t−1}|x_t, x_0) ‖ p_θ) = ½·[ln(σ²/β̃) + β̃/σ² − 1 + (c1²/σ²)·‖x̂_0 − x_0‖²], c1 the posterior's
-    coefficient on x_0. t == 0: −ln P(x_0) of the decoder.
+    t ≥ 1: KL(q(x_{t−1}|x_t, x_0) ‖ p_θ) = ½·[ln(σ²/β̃) + β̃/σ² − 1 + (c1²/σ²)·‖x̂_0 − x_0‖²/D] a dimension, of
+    which there are D; c1 is the posterior's coefficient on x_0. t == 0: −ln P(x_0) of the decoder.
     x_start, noise `[B, C, H, W]`, x_start on one of `levels` levels in [−1, 1]; t int64 `[B]`.
     reverse.clip: clip x̂_0 to [−1, 1], as the samplers do: the bound of the model that is sampled, and the published
     practice. Without it, errors at the noisy end are multiplied by √(1/ᾱ − 1) (20,000 for the cosine schedule).
@@ -62,7 +62,7 @@ def _measured_term(
     unit: Unit,
 ) -> tuple[Tensor, Tensor]:
     """`bound_term`, and the squared error of x̂_0 a dimension, `[B]`."""
-    check_floating("x_start", x_start)
+    check_batch("x_start", x_start)
     process = reverse.process
     x_t = q_sample(process, x_start, t, noise)
     output = eps_theta(x_t, t)
@@ -73,13 +73,10 @@ def _measured_term(
     log_variance = reverse.log_variance(output, x_t.double(), t)
     log_ratio = process.gather(process.posterior_log_variance_clipped, t, log_variance) - log_variance
     mismatch = 0.5 * (torch.expm1(log_ratio) - log_ratio)
-    weight = (
-        0.5
-        * process.gather(process.posterior_mean_coef1.square(), t, log_variance)
-        * torch.exp(-log_variance)
-    )
-    square = error.square()
-    terms = (mismatch.to(error.dtype) + weight.to(error.dtype) * square).flatten(1).mean(1)
+    pull = process.gather(process.posterior_mean_coef1, t, log_variance) * torch.exp(-0.5 * log_variance)
+    # multiplied before it is squared: where the SNR is large, pull² is no float32, and the error small
+    miss = pull.to(error.dtype) * error
+    terms = (mismatch.to(error.dtype) + 0.5 * miss.square()).flatten(1).mean(1)
 
     first = (t == 0).nonzero().squeeze(1)
     if first.numel():
@@ -88,11 +85,15 @@ def _measured_term(
             x_first, x_first + error[first], 0.5 * log_variance[first], levels
         )
         terms = terms.index_copy(0, first, -log_likelihood.flatten(1).mean(1))
-    return in_unit(terms, unit, x_start.shape[1:].numel()), square.flatten(1).mean(1)
+    return in_unit(terms, unit, x_start.shape[1:].numel()), error.square().flatten(1).mean(1)
 
 
 def prior_term(process: LinearGaussianProcess, x_start: Tensor, *, unit: Unit = "bits_per_dim") -> Tensor:
-    """L_T = KL(q(x_T|x_0) ‖ p(x_T)), `[B]`: LinearGaussianProcess.prior_bits_per_dim in the unit asked for."""
+    """L_T = KL(q(x_T|x_0) ‖ p(x_T)), `[B]`: LinearGaussianProcess.prior_bits_per_dim in the unit asked for.
+
+    Raises ValueError naming x_start if it is not floating-point `[B, ...]`.
+    """
+    check_batch("x_start", x_start)
     return in_unit(process.prior_bits_per_dim(x_start) * LN_2, unit, x_start.shape[1:].numel())
 
 
@@ -246,13 +247,15 @@ class BoundAccumulator:
     def add(self, eps_theta: EpsTheta, x_start: Tensor, index: Tensor) -> None:
         """Add images x_start `[B, C, H, W]` on levels in [−1, 1] with their numbers index int64 `[B]`.
 
-        Each image is to be added once in all. Run the network in eval mode.
+        Each image is to be added once in all. Run the network in eval mode. Raises ValueError naming the argument
+        that is wrong; NaN and ±∞ in x_start are noticed on the CPU.
         """
         check_index(index)
         if x_start.dim() < 2 or x_start.shape[0] != index.shape[0]:
             raise ValueError(
                 f"x_start: must hold one image an index ({index.shape[0]}), got {list(x_start.shape)}"
             )
+        check_finite("x_start", x_start)
         reconstruction = self._evaluate(eps_theta, x_start, index, torch.zeros_like(index), draw=0)
         consistency = torch.zeros_like(reconstruction)
         for stratum, (start, stop) in enumerate(zip(self._edges, self._edges[1:], strict=False)):

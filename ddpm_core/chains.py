@@ -1,32 +1,18 @@
-"""Chains of noise levels that no schedule of integer timesteps holds, for samplers in continuous time.
+"""Noise levels that no schedule of integer timesteps holds, for samplers in continuous time.
 
-A sampler visits the points of a chain, and asks its network for the positions 0..S−1 of them. `retimed` puts in
-their place what the network is made for: the log-SNR, or the nearest timestep of the schedule it was trained with.
+A chain at any levels is `ddpm_core.processes.process_from_log_snr`. A sampler visits its points, and asks its
+network for their positions 0..S−1. `retimed` puts in their place what the network is made for: the log-SNR, or the
+nearest timestep of the schedule it was trained with.
 """
 
 import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ddpm_core._checks import check_floating, require
 from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.types import EpsTheta
-
-
-def log_snr_chain(log_snr: Tensor) -> LinearGaussianProcess:
-    """The variance-preserving process at the given log-SNR, `[S]`, strictly falling; −∞ may be its last.
-
-    a² = sigmoid(log_snr), b² = sigmoid(−log_snr). Raises ValueError naming log_snr.
-    """
-    check_floating("log_snr", log_snr)
-    log_snr = log_snr.to(torch.float64)
-    return LinearGaussianProcess(
-        0.5 * F.logsigmoid(log_snr),
-        0.5 * F.logsigmoid(-log_snr),
-        total_variance=torch.ones_like(log_snr),
-    )
 
 
 def karras_log_snr(largest: float, smallest: float, num_points: int, rho: float = 7.0) -> Tensor:

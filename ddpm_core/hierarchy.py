@@ -13,7 +13,6 @@ in expectation: reconstruction, consistency, prior. A term of the sum may be neg
 never below −E ln p(x), and where the decoder is the encoder's true reversal every path gives −ln p(x) itself.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,12 +23,10 @@ from torch import Tensor, nn
 
 from ddpm_core import rng
 from ddpm_core._checks import check_floating, check_index, require
-from ddpm_core.decoder import discretized_gaussian_log_likelihood
+from ddpm_core._units import LN_2
+from ddpm_core.decoder import discretized_gaussian_log_likelihood, gaussian_log_density
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.types import EpsTheta
-
-_LN_2 = math.log(2.0)
-_LN_2_PI = math.log(2.0 * math.pi)
 
 PathNoise: TypeAlias = Callable[[int, Tensor], Tensor]
 """(t, mean of q(z_t|z_{t−1})) to the standard normal deviates of step t, of the mean's shape."""
@@ -56,8 +53,7 @@ class Gaussian:
     def log_density(self, value: Tensor) -> Tensor:
         """ln N(value; mean, variance) of each sample `[B]`, in nats, summed over the dimensions."""
         _check_value(value, self.mean)
-        terms = (value - self.mean).square() * torch.exp(-self.log_variance) + self.log_variance + _LN_2_PI
-        return -0.5 * terms.flatten(1).sum(1)
+        return gaussian_log_density(value, self.mean, self.log_variance).flatten(1).sum(1)
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + σ·noise: reparameterised, so that gradients pass to mean and log_variance."""
@@ -125,7 +121,7 @@ class PathTerms(NamedTuple):
     def bits_per_dim(self, num_dims: int) -> "PathTerms":
         """The same in bits a dimension of the data; num_dims: how many numbers x has."""
         require(num_dims >= 1, "num_dims", "at least 1", num_dims)
-        return PathTerms(*(term / (num_dims * _LN_2) for term in self))
+        return PathTerms(*(term / (num_dims * LN_2) for term in self))
 
 
 def path_bound(chain: Chain, x: Tensor, *, seed: int, index: Tensor) -> PathTerms:

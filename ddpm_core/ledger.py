@@ -29,7 +29,9 @@ class Ledger:
     continuous_time: ½∫ m dSNR between the ends of the chain, with the Bayes error where it is known. Then it is
     information of the data, and irreducible; otherwise it holds the network's error too.
     network_error: ½·Σ ΔSNR_t·(m_θ(t) − m*(t)), m* the Bayes error; None where that is unknown.
-    finite_step: ½·Σ ΔSNR_t·m − ½∫ m dSNR ≥ 0, m as in continuous_time: what steps of finite size cost with σ² = β̃.
+    finite_step: ½·Σ ΔSNR_t·m − ½∫ m dSNR, m as in continuous_time: what steps of finite size cost with σ² = β̃.
+    The sum takes m at the lower SNR of each step, so that this is ≥ 0 where m falls with the SNR, as the Bayes
+    error does; a measured m that rises somewhere may make it negative.
     variance_optimum: ½·Σ [ln(1 + ΔSNR_t·m_θ) − ΔSNR_t·m_θ] ≤ 0: what the best variance of each step, β̃ + c1²·m_θ,
     wins back of that.
     variance_choice: how far the variance in use stays behind that best one; ≥ 0 if it is a number for each t. A
@@ -121,9 +123,10 @@ def bound_ledger(
     reverse: the process and its variance. x_start_mse: m_θ(t), the squared error of x̂_0 a dimension, `[T]`
     (`BoundAccumulator.per_t`; fill what was not measured by a `MeasuredCurve`). prior, decoder: these terms in bits
     a dimension. bayes: the Bayes error m*(log-SNR), where it is known; without it the integral is that of the
-    MeasuredCurve through x_start_mse. consistency: the terms K_t as measured, `[T]` in bits a dimension, index 0
-    not read; without it they follow from x_start_mse, and "learned_range" needs them. entropy: H(x_0) in bits a
-    dimension, differential if the decoder is a density; needs bayes.
+    MeasuredCurve through x_start_mse, and needs it positive at t ≥ 1 (otherwise 0 will do there). consistency: the
+    terms K_t as measured, `[T]` in bits a dimension; without it they follow from x_start_mse, and "learned_range"
+    needs them. Index 0 of either is not read, but where it is measured the curve passes through it. entropy: H(x_0)
+    in bits a dimension, differential if the decoder is a density; needs bayes.
     Raises ValueError naming the argument that is wrong.
     """
     process = reverse.process
@@ -135,7 +138,7 @@ def bound_ledger(
         raise ValueError("entropy: must come with bayes, the Bayes error, got none")
 
     best_gain = gain if bayes is None else _step_gains(process, bayes(process.log_snr))
-    curve = MeasuredCurve(process.log_snr, x_start_mse) if bayes is None else bayes
+    curve = _measured(process, x_start_mse) if bayes is None else bayes
     first, last = float(process.log_snr[0]), float(process.log_snr[-1])
     area = 0.5 * snr_integral(curve, last, first) / LN_2
     best_sum = 0.5 * float(best_gain.sum()) / LN_2
@@ -160,6 +163,14 @@ def bound_ledger(
         prior_mismatch=prior - information,
         decoder_excess=decoder - (entropy - information - area),
     )
+
+
+def _measured(process: LinearGaussianProcess, x_start_mse: Tensor) -> MeasuredCurve:
+    """The curve through m(t); what is not positive at t == 0, where no step ends, is left out."""
+    error = x_start_mse.detach().to(process.log_a).clone()
+    if process.num_timesteps > 1 and not float(error[0]) > 0:
+        error[0] = math.nan
+    return MeasuredCurve(process.log_snr, error)
 
 
 def _step_gains(process: LinearGaussianProcess, x_start_mse: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import rng
-from ddpm_core._checks import check_index, check_same_shape, require
+from ddpm_core._checks import check_batch, check_finite, check_index, check_same_shape, require
 from ddpm_core._identity import config_identity
 from ddpm_core.bound import bound_term
 from ddpm_core.predictions import (
@@ -106,8 +106,9 @@ def loss_weights(process: LinearGaussianProcess, objective: ObjectiveConfig) -> 
     min_snr_gamma) (Hang et al. 2023, arXiv:2303.09556); "p2" w = SNR/(p2_k + SNR)^p2_gamma, which is
     1/(p2_k + SNR)^p2_gamma on ε (Choi et al. 2022, arXiv:2204.00227). SNR = a²/b².
 
-    All are finite; where a = 0 (zero terminal SNR) those three are 0, so that the last step is not trained: prefer
-    "uniform" on v there. Raises ValueError naming prediction_type if it is "eps" then.
+    All are finite, but that on x_start "snr", and "p2" with p2_gamma < 1, overflow where the log-SNR is above 709
+    (in a float32 loss 88). Where a = 0 (zero terminal SNR) those three are 0, so that the last step is not trained:
+    prefer "uniform" on v there. Raises ValueError naming prediction_type if it is "eps" then.
     """
     _, on_output = x_start_tables(process, objective.prediction_type)
     log_snr = process.log_snr
@@ -124,17 +125,31 @@ def loss_weights(process: LinearGaussianProcess, objective: ObjectiveConfig) -> 
 
 
 def simple_loss(
-    eps_theta: EpsTheta, process: LinearGaussianProcess, x_start: Tensor, t: Tensor, noise: Tensor
+    eps_theta: EpsTheta,
+    process: LinearGaussianProcess,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: PredictionType = "eps",
 ) -> Tensor:
     """L_simple (Eq. 14) for each sample: ‖ε − ε_θ(√ᾱ_t·x_0 + √(1−ᾱ_t)·ε, t)‖², averaged over the dimensions.
 
     x_start, noise `[B, C, H, W]`; t int64 `[B]` in 0..T−1. Returns `[B]`, float32 (float64 if x_start is), so
-    that a network under autocast does not round the loss.
+    that a network under autocast does not round the loss. prediction_type: "x_start" and "v" put
+    `prediction_target` in the place of ε.
 
     Its Bayes floor moves with the schedule: do not compare its values between schedules.
+    Raises ValueError naming the argument that is wrong (NaN and ±∞ are noticed on the CPU), and prediction_type if
+    it is "eps" for a process that ends without signal.
     """
+    x_start_tables(process, prediction_type)
+    _check_images(x_start, noise)
     x_t = q_sample(process, x_start, t, noise)
-    return _squared_error(process, "eps", eps_theta(x_t, t), x_start, t, noise)
+    prediction = eps_theta(x_t, t)
+    check_same_shape("eps_theta's output", prediction, "x_t", x_t)
+    dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
+    target = prediction_target(process, prediction_type, x_start.to(dtype), t, noise.to(dtype))
+    return (target - prediction.to(dtype)).square().flatten(1).mean(1)
 
 
 def training_loss(
@@ -149,28 +164,28 @@ def training_loss(
 ) -> Tensor:
     """The loss of each sample, `[B]`, whose mean over uniform t is to fall (Algorithm 1, line 5).
 
-    "simple": loss_weights_t·(mean squared error of the output); without weights and for ε this is `simple_loss`.
+    "simple": loss_weights_t·`simple_loss`.
     "vlb": T·L_t in bits a dimension (`bound_term`), whose mean over t is the bound without its prior term, which
     has no parameters. "hybrid": simple + vlb_weight·vlb, with no gradient of vlb to the prediction.
     The network is evaluated once. With t drawn by p_t, multiply by 1/(T·p_t) (`draw_by_probability`).
 
     x_start, noise `[B, C, H, W]`; t int64 `[B]`; network(x_t, t) like x_t, or with twice its channels for
     "learned_range". levels: how many values a channel has, on which x_start lies; the bound's decoder needs it.
-    float64 if x_start is, else float32. Raises ValueError naming the argument that is wrong.
+    float64 if x_start is, else float32. Raises ValueError naming the argument that is wrong; NaN and ±∞ in x_start
+    and noise are noticed on the CPU.
     """
     reverse = objective.reverse(process)
-    x_t = q_sample(process, x_start, t, noise)
-    output = network(x_t, t)
+    _check_images(x_start, noise)
     if objective.loss == "vlb":
-        return _bound_loss(reverse, output, x_start, t, noise, levels)
-    prediction, v = reverse.split(output, x_t)
-    simple = _squared_error(process, objective.prediction_type, prediction, x_start, t, noise)
-    if objective.weighting != "uniform":
-        simple = process.gather(_weights(process, objective), t, simple) * simple
-    if v is None:
-        return simple
-    stopped = torch.cat((prediction.detach(), v), dim=1)
-    return simple + objective.vlb_weight * _bound_loss(reverse, stopped, x_start, t, noise, levels)
+        return _bound_loss(network, reverse, x_start, t, noise, levels)
+    if objective.loss == "simple":
+        return _weighted_simple_loss(network, process, objective, x_start, t, noise)
+    x_t = q_sample(process, x_start, t, noise)
+    prediction, v = reverse.split(network(x_t, t), x_t)
+    stopped = prediction.detach() if v is None else torch.cat((prediction.detach(), v), dim=1)
+    simple = _weighted_simple_loss(lambda x, t: prediction, process, objective, x_start, t, noise)
+    bound = _bound_loss(lambda x, t: stopped, reverse, x_start, t, noise, levels)
+    return simple + objective.vlb_weight * bound
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, seed: int, index: Tensor) -> Tensor:
@@ -188,29 +203,38 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, seed: int, 
     return labels.masked_fill(dropped.to(labels.device), null_label)
 
 
-def _bound_loss(
-    reverse: ReverseProcess, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor, levels: int | None
-) -> Tensor:
-    """T·L_t in bits a dimension, `[B]`, of an output that is there already."""
-    if levels is None:
-        raise ValueError("levels: must be given for a loss that holds the bound, got None")
-    term = bound_term(lambda x, t: output, reverse, x_start, t, noise, levels=levels)
-    return reverse.process.num_timesteps * term
-
-
-def _squared_error(
+def _weighted_simple_loss(
+    network: EpsTheta,
     process: LinearGaussianProcess,
-    prediction_type: PredictionType,
-    prediction: Tensor,
+    objective: ObjectiveConfig,
     x_start: Tensor,
     t: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """‖target − prediction‖² averaged over the dimensions, `[B]`, in float32 or float64."""
-    check_same_shape("eps_theta's output", prediction, "x_t", x_start)
-    dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-    target = prediction_target(process, prediction_type, x_start.to(dtype), t, noise.to(dtype))
-    return (target - prediction.to(dtype)).square().flatten(1).mean(1)
+    loss = simple_loss(network, process, x_start, t, noise, objective.prediction_type)
+    if objective.weighting == "uniform":
+        return loss
+    return process.gather(_weights(process, objective), t, loss) * loss
+
+
+def _bound_loss(
+    network: EpsTheta,
+    reverse: ReverseProcess,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    levels: int | None,
+) -> Tensor:
+    """T·L_t in bits a dimension, `[B]`."""
+    if levels is None:
+        raise ValueError("levels: must be given for a loss that holds the bound, got None")
+    return reverse.process.num_timesteps * bound_term(network, reverse, x_start, t, noise, levels=levels)
+
+
+def _check_images(x_start: Tensor, noise: Tensor) -> None:
+    check_batch("x_start", x_start)
+    check_finite("x_start", x_start)
+    check_finite("noise", noise)
 
 
 @lru_cache(maxsize=16)  # neither changes, and a training step asks every time

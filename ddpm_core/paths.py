@@ -4,17 +4,14 @@ A path is one tensor `[T, B, ...]`: path[t] is x_t in the zero-based sense, the 
 The data x_0 stand apart as x_start `[B, ...]`; where a formula has x_{t−1} at t == 0, that is x_start.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from ddpm_core._checks import check_floating, check_same_shape
+from ddpm_core.decoder import gaussian_log_density
 from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.types import EpsTheta
-
-_LN_2_PI = math.log(2.0 * math.pi)
 
 
 def q_step(process: LinearGaussianProcess, x_prev: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ def _log_normal(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
     log_variance broadcasts over x.
     """
-    density = -0.5 * ((x - mean).square() * torch.exp(-log_variance) + log_variance + _LN_2_PI)
+    density = gaussian_log_density(x, mean, log_variance)
     return density.sum((0, *range(2, density.dim())))
 
 

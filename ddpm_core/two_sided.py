@@ -12,7 +12,7 @@ wrong by about a nat a dimension in every step.
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_timesteps
+from ddpm_core._checks import check_batch, check_timesteps
 from ddpm_core._units import LN_2, Unit, in_unit
 from ddpm_core.process import LinearGaussianProcess, q_sample
 from ddpm_core.reverse import ReverseProcess
@@ -42,7 +42,7 @@ def measured_two_sided_term(
     eps_theta: EpsTheta, reverse: ReverseProcess, x_start: Tensor, t: Tensor, noise: Tensor, *, unit: Unit
 ) -> tuple[Tensor, Tensor]:
     """`two_sided_term`, and the squared error of x̂_0 at t + 1 a dimension, `[B]`."""
-    check_floating("x_start", x_start)
+    check_batch("x_start", x_start)
     if noise.shape != (3, *x_start.shape):
         raise ValueError(
             f"noise: must have the shape [3, *x_start.shape], {[3, *x_start.shape]}, got {list(noise.shape)}"
@@ -83,8 +83,9 @@ def two_sided_prior_term(
 ) -> Tensor:
     """E ln[q(x_T|x_{T−1}) / p(x_T)] given x_0, `[B]`, in closed form. Not near 0: L_T − ½·ln(β_T/(1 − ᾱ_T)).
 
-    x_start `[B, ...]`. float64 if x_start is, float32 otherwise.
+    x_start `[B, ...]`. float64 if x_start is, float32 otherwise. Raises ValueError naming x_start.
     """
+    check_batch("x_start", x_start)
     nats = process.prior_bits_per_dim(x_start) * LN_2 + float(two_sided_shift(process)[-1])
     return in_unit(nats, unit, x_start.shape[1:].numel())
 

@@ -6,6 +6,7 @@ under way, and starts the next attempt if the last one ended.  So submitting is 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -55,6 +56,7 @@ class JobStatus:
     message: str  # one line
     start_time_s: float | None = None  # seconds since the epoch
     end_time_s: float | None = None
+    settings: str = ""  # hash of its configuration and arguments; "" if it was not submitted by this program
 
     @property
     def terminal(self) -> bool:
@@ -68,6 +70,7 @@ class Submission:
     job: JobStatus
     attached: bool  # the job was under way already
     detached: bool  # Ctrl-C ended the watching; the job goes on
+    as_asked: bool = True  # the job attached to has the configuration and arguments of this call
 
 
 @dataclass(frozen=True)
@@ -123,24 +126,31 @@ def submit(
     env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **(env_vars or {})}
     assert not any(_SECRET.search(name) for name in env_vars), "secrets don't travel with a job"
 
+    settings = hashlib.sha256("\0".join([config_text, *argv]).encode()).hexdigest()[:16]
+
     cluster = connectable(address)
     with _client(cluster) as client:
+
+        def outcome(known: JobStatus, *, detached: bool) -> Submission:
+            return Submission(known, planned.attach, detached, as_asked=known.settings == settings)
+
         planned = plan(job, run, patiently(cluster.url, lambda: _list(client)))
         if not planned.attach:
-            planned = _start(client, cluster, planned, job, run, argv, config_text, env_vars)
+            labels = {"ddpm_job": job, "ddpm_run": run, "ddpm_settings": settings}
+            planned = _start(client, cluster, planned, job, argv, config_text, env_vars, labels)
         name = planned.submission_id
         say(f"{name} is under way already: attached to it" if planned.attach else f"submitted {name}")
         say(f"  dashboard: {cluster.url}")
         if not wait:
-            return Submission(_status(client, name, cluster), planned.attach, detached=False)
+            return outcome(_status(client, name, cluster), detached=False)
         try:
             _follow(client, name, cluster, write or _write_stdout)
         except KeyboardInterrupt:
             say(f"\ndetached: {name} goes on running")
             say(f"  its log:  ddpm logs {name} --follow")
             say(f"  stop it:  ddpm stop {name}")
-            return Submission(_status(client, name, cluster), planned.attach, detached=True)
-        return Submission(_settled(client, name, cluster), planned.attach, detached=False)
+            return outcome(_status(client, name, cluster), detached=True)
+        return outcome(_settled(client, name, cluster), detached=False)
 
 
 def status(submission_id: str, *, address: str | None = None) -> JobStatus:
@@ -188,10 +198,10 @@ def _start(
     cluster: Cluster,
     planned: Plan,
     job: str,
-    run: str,
     argv: Sequence[str],
     config_text: str,
     env_vars: Mapping[str, str],
+    labels: dict[str, str],
 ) -> Plan:
     """Start the planned job, or attach to it if somebody was faster."""
     with tempfile.TemporaryDirectory(prefix="ddpm-job-") as folder:
@@ -201,7 +211,7 @@ def _start(
                 entrypoint=entrypoint(job, argv),
                 submission_id=planned.submission_id,
                 runtime_env={"working_dir": folder, "env_vars": dict(env_vars)},
-                metadata={"ddpm_job": job, "ddpm_run": run},
+                metadata=labels,
             )
         except RuntimeError as error:
             listed = patiently(cluster.url, lambda: _list(client))
@@ -288,6 +298,7 @@ def _job_status(details: Any) -> JobStatus:
         message=brief(details.message or "", details.driver_exit_code),
         start_time_s=details.start_time / 1000 if details.start_time else None,
         end_time_s=details.end_time / 1000 if details.end_time else None,
+        settings=metadata.get("ddpm_settings", ""),
     )
 
 

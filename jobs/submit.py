@@ -14,7 +14,8 @@ Run a job on a Ray cluster through its Jobs API.  The configuration and this pro
 endpoints and credentials do not: the cluster has its own.
 
 Submitting is safe to repeat: while the same job of the same run is under way, it is attached to, and after
-that the next attempt goes on from the last commit.  Ctrl-C leaves the job running.
+that the next attempt goes on from the last commit: at once, if the one attached to had other settings.  Ctrl-C
+leaves the job running.
 """
 
 EPILOG = """\
@@ -52,16 +53,29 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.job == "train":
         where["train"] = {"steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}  # type: ignore[assignment]
     identity = digest(config.model_dump(mode="json", exclude=where))[:10]
-    outcome = submission.submit(
-        arguments.job,
-        [arguments.source] if arguments.source else [],
-        config.to_yaml(),
-        address=arguments.address,
-        run=f"{config.name}-{identity}",
-        wait=not arguments.no_wait,
-    )
+
+    def submit() -> submission.Submission:
+        return submission.submit(
+            arguments.job,
+            [arguments.source] if arguments.source else [],
+            config.to_yaml(),
+            address=arguments.address,
+            run=f"{config.name}-{identity}",
+            wait=not arguments.no_wait,
+        )
+
+    outcome = submit()
     if arguments.no_wait:
+        if not outcome.as_asked:
+            raise UserError(
+                f"{outcome.job.submission_id}: is under way with other settings; submit again when it has ended, "
+                f"or stop it first (ddpm stop {outcome.job.submission_id})"
+            )
         return 0
+    while not (outcome.as_asked or outcome.detached) and outcome.job.status == "SUCCEEDED":
+        # more steps, say, or other workers: it goes on from where that job ended
+        print(f"{outcome.job.submission_id} had other settings; now with those of this call")
+        outcome = submit()
     if outcome.detached:
         return 130
     job = outcome.job

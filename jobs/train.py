@@ -44,10 +44,16 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelines.train import claim, open_run
 
     run = open_run(config)
+    schedule = Schedule.from_config(config.schedule)
     if arguments.dry_run:
         print(training_plan(run))
+        # the plan has the warnings; what else is odd about the betas is worth a look before a run, and no fault
+        said = schedule.warnings()
+        for note in schedule.validate().warnings:
+            if note not in said:
+                print(f"note       {note}")
         return 0
-    for warning in Schedule.from_config(config.schedule).warnings():
+    for warning in schedule.warnings():
         print(f"warning: {warning}")
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0

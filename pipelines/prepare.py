@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
@@ -33,6 +34,8 @@ from pipelines.preprocess import Preprocessing
 from pipelines.shards import sha256
 from pipelines.sources import Entry, Source, open_source
 from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
+
+log = logging.getLogger(__name__)
 
 CLAIM_KEY = "preparation.json"
 DEFAULT_SAMPLES_PER_SHARD = 1024
@@ -86,7 +89,9 @@ def prepare(
         "seed": seed,
     }
     if (existing := finished(storage, options)) is not None:
-        return existing
+        if not (damage := incomplete(existing)):
+            return existing
+        log.warning("%s: made again", "; ".join(damage))
     plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
     claim(storage, options)
     try:
@@ -207,11 +212,29 @@ def _in_colour(source: Source, workers: Workers | None) -> bool:
 
 def finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
     """The data set that stands there, or None; `UserError` if it was made of another source or otherwise."""
-    if not storage.exists(RECORD_KEY):
+    if not (storage.exists(RECORD_KEY) and storage.exists(SHARDS_KEY)):
         return None
     dataset = load_from(storage)
     _check_same(storage, dataset.record.get("preparation", {}), options)
     return dataset
+
+
+def incomplete(dataset: Dataset) -> list[str]:
+    """The objects of a data set that are missing or of another size, by one listing a split; a phrase each.
+
+    A change of bytes is not seen; `ddpm verify` reads them.
+    """
+    damage = []
+    for split, shards in dataset.splits.items():
+        sizes = {info.key: info.num_bytes for info in dataset.storage.list(f"{split}/")}
+        for shard in shards:
+            if "://" in shard.key:
+                continue  # a tar that stays elsewhere
+            if sizes.get(shard.key) != shard.num_bytes:
+                damage.append(f"{dataset.uri_of(shard)} is missing or not {shard.num_bytes} bytes long")
+            if shard.index_key not in sizes:
+                damage.append(f"{dataset.uri}/{shard.index_key} is missing")
+    return damage
 
 
 def claim(storage: Storage, options: Mapping[str, Any]) -> None:

@@ -249,6 +249,11 @@ def test_train_sample_and_again_in_this_process(ddpm: Outcome, tiny: list[str], 
     assert [line.split()[0] for line in plan.splitlines()][:8] == [
         "run", "data", "schedule", "model", "steps", "batch", "memory", "output",
     ]  # fmt: skip
+    assert "note " not in plan
+    # β of this kind falls at first: a note, and no warning
+    code, odd, _ = ddpm("train", *tiny, *STEPS, "--dry-run", "--set", "schedule.kind=log_snr")
+    assert code == 0
+    assert odd.splitlines()[-1].startswith("note       betas fall at ")
     assert not (tmp_path / "results").exists()
     code, out, err = ddpm("train", *tiny, *STEPS, "--local")
     assert code == 0, err

@@ -316,26 +316,68 @@ def test_sigma_of_zero_is_refused_by_name() -> None:
     ("name", "call"),
     [
         (
-            "levels",
+            "levels: ",
             lambda: BoundAccumulator(ReverseProcess(SHORT), levels=1, num_strata=2, seed=0),
         ),
         (
-            "num_strata",
+            "num_strata: ",
             lambda: BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=0, seed=0),
         ),
-        ("num_strata", lambda: stratify(SHORT, 20)),
-        ("index", lambda: _accumulator().add(_some_network, _images(2), torch.tensor([0.0, 1.0]))),
-        ("x_start", lambda: _accumulator().add(_some_network, _images(2), torch.arange(3))),
-        ("x_start", lambda: _accumulator().add(_some_network, _images(2).to(torch.uint8), torch.arange(2))),
-        ("state", lambda: _accumulator().load_state(torch.zeros(3))),
-        ("state", lambda: _accumulator().result()),
-        ("eps_theta's output", lambda: _accumulator().add(lambda x, t: x[:1], _images(2), torch.arange(2))),
+        ("num_strata: ", lambda: stratify(SHORT, 20)),
+        ("index: ", lambda: _accumulator().add(_some_network, _images(2), torch.tensor([0.0, 1.0]))),
+        ("x_start: ", lambda: _accumulator().add(_some_network, _images(2), torch.arange(3))),
+        ("x_start: ", lambda: _accumulator().add(_some_network, _images(2).to(torch.uint8), torch.arange(2))),
+        ("state: ", lambda: _accumulator().load_state(torch.zeros(3))),
+        ("state: ", lambda: _accumulator().result()),
+        (
+            r"x_start: must be finite, got nan at \[1, 0, 0, 1\]",
+            lambda: _accumulator().add(_some_network, _with_nan(), torch.arange(2)),
+        ),
+        ("x_start: ", lambda: prior_term(SHORT, torch.zeros(2))),
+        ("x_start: ", lambda: _term_of(torch.zeros(2))),
+        ("eps_theta's output: ", lambda: _accumulator().add(lambda x, t: x[:1], _images(2), torch.arange(2))),
     ],
 )
 def test_errors_name_the_argument(name: str, call) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}: "):
+    with pytest.raises(ValueError, match=rf"^{name}"):
         call()
+
+
+def _with_nan() -> Tensor:
+    x_start = _images(2)
+    x_start[1, 0, 0, 1] = math.nan
+    return x_start
+
+
+def _term_of(x_start: Tensor) -> Tensor:
+    return bound_term(_some_network, ReverseProcess(SHORT), x_start, full(3, x_start), x_start, levels=17)
 
 
 def _accumulator() -> BoundAccumulator:
     return BoundAccumulator(ReverseProcess(SHORT), levels=17, num_strata=2, seed=0)
+
+
+def test_strata_are_short_where_the_terms_are_large() -> None:
+    """Half of the share is the terms of Gaussian data, of which almost all lies near t = 0."""
+    lengths = stratify(LINEAR, 10).diff()
+    assert int(lengths[0]) < 20
+    assert int(lengths[-1]) > 100
+
+
+def test_each_stratum_draws_a_timestep_of_its_own() -> None:
+    asked: list[Tensor] = []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return x_t
+
+    accumulator = BoundAccumulator(ReverseProcess(LINEAR), levels=3, num_strata=30, seed=0)
+    accumulator.add(network, torch.zeros(50, 1, 1, 1), torch.arange(50))
+    edges = stratify(LINEAR, 30)
+    places, lengths = torch.stack(asked[1:]) - edges[:-1, None], edges.diff()
+    assert bool(((places >= 0) & (places < lengths[:, None])).all())
+    # of two strata of one length, one draw for both would pick the same place in both
+    alike = [(i, j) for i in range(30) for j in range(i) if lengths[i] == lengths[j] > 1]
+    assert len(alike) > 2
+    for i, j in alike:
+        assert not torch.equal(places[i], places[j])

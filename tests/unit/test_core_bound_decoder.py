@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpm_core import discretized_gaussian_log_likelihood
 
 LEVELS = (2, 3, 17, 256)
-LOG_SCALES = (-20.0, -12.0, -9.0, -4.9, -1.0, 0.0, 2.0, 5.0)
+LOG_SCALES = (-20.0, -12.0, -9.0, -4.9, -1.0, 0.0, 2.0, 5.0, 9.5, 50.0)
 
 
 def _levels(levels: int) -> Tensor:
@@ -88,6 +88,56 @@ def test_the_inner_mass_goes_to_the_density_and_to_one() -> None:
     expected = -0.5 * (20 / sigma) ** 2 - math.log(sigma * math.sqrt(2 * math.pi)) + math.log(2 / 256)
     assert got == pytest.approx(expected, abs=1e-8)
     assert float(discretized_gaussian_log_likelihood(x, _scalar(0.001), _scalar(-20.0), 257)) == 0.0
+
+
+@pytest.mark.parametrize("log_scale", [7.9, 8.4, 9.0, 12.0, 20.0, 33.0, 34.0, 50.0, 400.0, 800.0])
+def test_a_bin_far_narrower_than_sigma_keeps_its_digits(log_scale: float) -> None:
+    """ln P = ln(2h) − ln σ − ½·ln 2π − z²/2 − (h/σ)²/6 and higher orders."""
+    x = _levels(257)[1:-1]
+    got = discretized_gaussian_log_likelihood(x, _scalar(0.3), _scalar(log_scale), 257)
+    z_square = ((x - 0.3) * math.exp(-log_scale)).square()
+    h_square = (math.exp(-log_scale) / 256) ** 2
+    expected = math.log(2 / 256) - log_scale - 0.5 * math.log(2 * math.pi) - 0.5 * z_square - h_square / 6
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_a_narrow_bin_far_out_is_the_integral_over_it() -> None:
+    """σ = e^9 and the mean 4·10^10·σ away: the density falls by a factor e^38 within a bin of 10^−9·σ and less."""
+    x, scale, half_bin = torch.zeros(1, dtype=torch.float64), 9.0, 1 / 256
+    for mean in (1e12, 4e14, -4e14):
+        got = float(discretized_gaussian_log_likelihood(x, _scalar(mean), _scalar(scale), 257))
+        z, h = abs(mean) / math.exp(scale), half_bin / math.exp(scale)
+        y = z * h
+        log_sinhc = y + math.log(-math.expm1(-2 * y) / (2 * y))
+        expected = -0.5 * z * z - 0.5 * math.log(2 * math.pi) + math.log(2 * h) + log_sinhc
+        assert got == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("log_scale", [-400.0, -360.0, -340.0, -100.0, 20.0, 50.0])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_the_narrowest_and_the_widest_decoder(levels: int, log_scale: float) -> None:
+    """The mean in the bin: ln P and its gradients are numbers for every σ, and 0 where σ is far below the bin."""
+    x = _levels(levels)
+    mean = (x + 0.3 / levels).requires_grad_()
+    scale = torch.full_like(x, log_scale).requires_grad_()
+    value = discretized_gaussian_log_likelihood(x, mean, scale, levels)
+    on_mean, on_scale = torch.autograd.grad(value.sum(), (mean, scale))
+    assert bool((value.isfinite() & on_mean.isfinite() & on_scale.isfinite()).all())
+    if log_scale < 0:
+        assert bool(((value == 0) & (on_mean == 0) & (on_scale == 0)).all())
+    elif levels > 2:
+        torch.testing.assert_close(on_scale[1:-1], torch.full_like(x[1:-1], -1.0), rtol=1e-9, atol=0)
+
+
+def test_the_narrowest_decoder_beside_the_bin() -> None:
+    """ln P = −d²/(2σ²) to leading order, d the way to the bin, and infinite only where that is no float64."""
+    x, mean = _levels(17)[3:4], _levels(17)[3:4] + 1 / 16 + 0.25
+    for log_scale, expected in ((-100.0, 0.25**2 * 0.5 * math.exp(200.0)), (-400.0, math.inf)):
+        place = mean.clone().requires_grad_()
+        value = discretized_gaussian_log_likelihood(x, place, _scalar(log_scale), 17)
+        (slope,) = torch.autograd.grad(value.sum(), place)
+        assert -float(value.detach()) == pytest.approx(expected, rel=1e-9)
+        assert float(slope) < 0
 
 
 def test_masses_are_integrals_of_the_density() -> None:

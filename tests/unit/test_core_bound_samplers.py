@@ -34,3 +34,8 @@ def test_another_deterministic_sampler_is_refused_by_name() -> None:
     object.__setattr__(config, "kind", "heun")
     with pytest.raises(ValueError, match=r"^kind: must be 'ancestral'.*sigma = 0.*got 'heun'"):
         reverse_of_sampler(SHORT, config)
+
+
+def test_the_bound_limits_x_start_as_the_sampler_does() -> None:
+    config = SamplerConfig(kind="ancestral", threshold_quantile=0.9)
+    assert reverse_of_sampler(SHORT, config).threshold_quantile == 0.9

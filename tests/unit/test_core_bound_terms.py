@@ -282,6 +282,24 @@ def test_betas_at_their_limits(betas: list[float]) -> None:
         assert bool(term.isfinite().all())
 
 
+@pytest.mark.parametrize("prediction_type", ["eps", "x_start", "v"])
+def test_float32_holds_terms_whose_weights_it_does_not(prediction_type: PredictionType) -> None:
+    """At log-SNR 100 the weight of x̂_0's squared error is e^100, which is no float32."""
+    process = Schedule.from_config(ScheduleConfig("log_snr", 12, log_snr_max=100.0, log_snr_min=-20.0))
+    t = torch.arange(12)
+
+    def terms(dtype: torch.dtype) -> Tensor:
+        x_start = torch.linspace(-1, 1, 17, dtype=dtype)[torch.arange(48) % 17].reshape(12, 1, 2, 2)
+        noise = torch.linspace(-2, 2, 48, dtype=dtype).reshape(12, 1, 2, 2)
+        target = prediction_target(process, prediction_type, x_start, t, noise)
+        reverse = ReverseProcess(process, prediction_type, clip=False)
+        return bound_term(lambda x, t: target + 2.0**-10, reverse, x_start, t, noise, levels=17)
+
+    exact = terms(torch.float64)
+    assert float(exact[1]) > (1e30 if prediction_type == "x_start" else 1e-9)
+    torch.testing.assert_close(terms(torch.float32).double(), exact, rtol=0.01, atol=1e-6)
+
+
 def test_a_long_chain_is_whole() -> None:
     process = Schedule.from_config(ScheduleConfig(num_timesteps=4000, beta_start=0.25e-4, beta_end=0.005))
     x_start, noise, t = symmetric_grid_at_every_t(DATA, process)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ddpm_core import SamplerConfig, Schedule, ScheduleConfig, sample
-from ddpm_core.chains import karras_log_snr, karras_timesteps, log_snr_chain, nearest_timesteps, retimed
+from ddpm_core.chains import karras_log_snr, karras_timesteps, nearest_timesteps, retimed
+from ddpm_core.processes import process_from_log_snr
 from ddpm_core.samplers import SAMPLER_KINDS, visited_timesteps
 
 LINEAR = Schedule.from_config(ScheduleConfig())
@@ -73,7 +74,7 @@ def test_nearest_timesteps() -> None:
 def test_a_continuous_chain_through_a_schedule_s_points_is_the_schedule() -> None:
     """A network of t, asked at the nearest, and one of the log-SNR give the images of the schedule itself."""
     points = LINEAR.log_snr[visited_timesteps(LINEAR, SamplerConfig(num_steps=8))]
-    chain = log_snr_chain(points)
+    chain = process_from_log_snr(points)
     torch.testing.assert_close(chain.a.square() + chain.b.square(), torch.ones(8, dtype=torch.float64))
 
     def by_log_snr(x_t: Tensor, log_snr: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def test_errors_name_the_argument() -> None:
     ]:
         with pytest.raises(ValueError, match=rf"^{name}: must be "):
             karras_log_snr(largest, smallest, num_points, rho)
-    with pytest.raises(ValueError, match=r"^log_snr: must fall strictly"):
-        log_snr_chain(torch.tensor([1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"^log_snr: must be finite .* and fall strictly"):
+        process_from_log_snr(torch.tensor([1.0, 1.0]))
     with pytest.raises(ValueError, match=r"^log_snr: must be a floating-point"):
-        log_snr_chain(torch.tensor([2, 1]))
+        process_from_log_snr(torch.tensor([2, 1]))

@@ -302,3 +302,17 @@ _SNAPSHOT = Snapshot(Profile(10, 6.94), {"w": torch.zeros(2)})
 def test_errors_name_the_argument(name: str, call) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: "):
         call()
+
+
+def test_a_snapshot_stays_while_training_goes_on() -> None:
+    model = nn.Linear(2, 2)
+    tracked = PowerEMA(model, SIGMAS)
+    tracked.update(model, 0)
+    taken = tracked.snapshots(1)
+    before = [{name: tensor.clone() for name, tensor in snapshot.tensors.items()} for snapshot in taken]
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    tracked.update(model, 1)
+    for snapshot, tensors, later in zip(taken, before, tracked.snapshots(2), strict=True):
+        assert torch.equal(snapshot.tensors["weight"], tensors["weight"])
+        assert not torch.equal(later.tensors["weight"], tensors["weight"])

@@ -303,6 +303,23 @@ def test_a_chain_of_one_step_has_nothing_between_its_ends() -> None:
     assert (got.continuous_time, got.finite_step, got.variance_choice) == (0.0, 0.0, 0.0)
 
 
+def test_an_error_of_zero_is_one_and_at_the_data_none() -> None:
+    mse = DATA.bayes_x_start_mse(SHORT)
+    perfect = torch.zeros_like(mse)
+    got = bound_ledger(ReverseProcess(SHORT), perfect, prior=0.5, decoder=1.0, bayes=DATA.bayes_curve)
+    assert got.total == pytest.approx(1.5, abs=1e-12)
+    mse[0] = 0.0
+    measured = bound_ledger(ReverseProcess(SHORT), mse, prior=0.5, decoder=1.0)
+    assert measured.total == pytest.approx(1.5 + float(consistency_terms(ReverseProcess(SHORT), mse).sum()))
+    with pytest.raises(ValueError, match=r"^x_start_mse: must be positive"):
+        bound_ledger(ReverseProcess(SHORT), perfect, prior=0.5, decoder=1.0)
+
+
+def test_a_measured_error_that_rises_with_the_snr_makes_finite_steps_gain() -> None:
+    rising = torch.exp(0.1 * SHORT.log_snr)
+    assert bound_ledger(ReverseProcess(SHORT), rising, prior=0.0, decoder=0.0).finite_step < -0.01
+
+
 def test_finer_steps_cost_less() -> None:
     """½·Σ ΔSNR·m goes to its area as 1/T."""
     costs = []

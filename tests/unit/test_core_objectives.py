@@ -513,3 +513,43 @@ def test_a_wrong_configuration_names_its_field(name: str, fields: dict[str, obje
 def test_errors_name_the_argument(name: str, call) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: must "):
         call(torch.zeros(2, 1, 4, 4), torch.tensor([3, 7]))
+
+
+def _losses(x_start: Tensor, noise: Tensor) -> list[Callable[[], Tensor]]:
+    """Every way to ask for a loss."""
+    t = torch.tensor([3, 7])
+
+    def of(network: Callable[[Tensor, Tensor], Tensor], objective: ObjectiveConfig) -> Tensor:
+        return training_loss(network, SHORT, objective, x_start, t, noise, levels=LEVELS)
+
+    return [
+        lambda: simple_loss(_network, SHORT, x_start, t, noise),
+        lambda: of(_network, ObjectiveConfig()),
+        lambda: of(_network, ObjectiveConfig(loss="vlb")),
+        lambda: of(_wide_network, HYBRID),
+    ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["x_start", "noise"])
+def test_what_is_not_finite_is_refused_by_name_and_place(name: str, bad: float) -> None:
+    tensors = {"x_start": torch.zeros(2, 1, 4, 4), "noise": torch.zeros(2, 1, 4, 4)}
+    tensors[name][1, 0, 2, 3] = bad
+    for loss in _losses(**tensors):
+        with pytest.raises(ValueError, match=rf"^{name}: must be finite, got {bad} at \[1, 0, 2, 3\]"):
+            loss()
+
+
+def test_images_without_a_dimension_are_refused_by_name() -> None:
+    for loss in _losses(torch.zeros(2), torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"^x_start: must have the shape \[B, ...\], got \[2\]"):
+            loss()
+
+
+def test_simple_loss_refuses_eps_without_signal() -> None:
+    x_start, noise = _images(5)
+    with pytest.raises(ValueError, match=r"^prediction_type: must be 'v' or 'x_start'"):
+        simple_loss(_network, NO_SIGNAL, x_start, _ends(NO_SIGNAL), noise)
+    for prediction_type in ("x_start", "v"):
+        got = simple_loss(_network, NO_SIGNAL, x_start, _ends(NO_SIGNAL), noise, prediction_type)
+        assert bool(got.isfinite().all())

@@ -247,3 +247,16 @@ def test_gradients_pass_to_the_data() -> None:
 def test_errors_name_the_argument(name: str, call) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: must "):
         call(*_draw(SHORT, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_network_sees_a_path_in_its_own_dtype(dtype: torch.dtype) -> None:
+    x_start, noises = (tensor.to(dtype) for tensor in _draw(SHORT, 2, 3))
+    seen: list[torch.dtype] = []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.append(x_t.dtype)
+        return x_t
+
+    log_p_path(network, ReverseProcess(SHORT), x_start, noises)
+    assert seen == [dtype] * SHORT.num_timesteps

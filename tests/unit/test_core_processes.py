@@ -5,6 +5,7 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
+from torch import Tensor
 
 from ddpm_core import (
     LinearGaussianProcess,
@@ -234,3 +235,30 @@ def test_noise_and_signal_in_other_dtypes(dtype: torch.dtype) -> None:
 def test_errors_name_the_argument(name: str, call) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: must "):
         call()
+
+
+@pytest.mark.parametrize("r", ["0.0101", "0.009", "0.0099", "1e-6"])
+def test_the_digits_of_the_prior_term(r: str) -> None:
+    """For x_0 = 0 it is ½·(−ln(1 − r) − r)/ln 2, r = a²/(a² + b²), here in fifty decimal digits."""
+    with localcontext() as context:
+        context.prec = 50
+        log_odds = float((Decimal(r) / (1 - Decimal(r))).ln())
+        odds = Decimal(log_odds).exp()
+        share = odds / (1 + odds)
+        expected = float((-(1 - share).ln() - share) / (2 * Decimal(2).ln()))
+    process = process_from_log_snr(torch.tensor([3.0, log_odds], dtype=torch.float64))
+    got = float(process.prior_bits_per_dim(torch.zeros(1, 1, dtype=torch.float64)))
+    assert got == pytest.approx(expected, rel=1e-12 if float(r) > 0.01 else 2e-14, abs=0)
+
+
+def test_tables_do_not_alias_what_they_were_made_from() -> None:
+    log_snr = torch.tensor([2.0, 0.0, -3.0], dtype=torch.float64)
+    log_a, log_b = 0.5 * torch.nn.functional.logsigmoid(torch.stack((log_snr, -log_snr)))
+    loss, total = -torch.expm1(log_snr.diff(prepend=log_snr.new_full((1,), math.inf))), torch.ones(3).double()
+    given = {"log_snr": log_snr, "snr_loss": loss, "total_variance": total}
+    process = LinearGaussianProcess(log_a, log_b, **given)
+    before = {name: value.clone() for name, value in vars(process).items() if isinstance(value, Tensor)}
+    for tensor in (log_a, log_b, *given.values()):
+        tensor.fill_(7.0)
+    for name, value in before.items():
+        assert torch.equal(getattr(process, name), value), name

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ddpm_core import LinearGaussianProcess, ReverseProcess, SamplerConfig, trajectory
-from ddpm_core.chains import log_snr_chain, retimed
+from ddpm_core.chains import retimed
+from ddpm_core.processes import process_from_log_snr
 from ddpm_core.samplers import step_tables
 
 # Not symmetric about the log-SNR 1.4 at which Gaussian data of variance ¼ has as much signal as noise: between such
@@ -74,7 +75,7 @@ MIXTURE = Mixture([0.3, 0.7], [-0.8, 0.5], [0.09, 0.04])
 
 
 def _chain(num_steps: int) -> LinearGaussianProcess:
-    return log_snr_chain(torch.linspace(LARGEST, SMALLEST, num_steps + 1, dtype=torch.float64))
+    return process_from_log_snr(torch.linspace(LARGEST, SMALLEST, num_steps + 1, dtype=torch.float64))
 
 
 def _order(num_steps: tuple[int, ...], errors: list[float]) -> float:

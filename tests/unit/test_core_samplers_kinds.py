@@ -18,6 +18,7 @@ from ddpm_core import (
     sample,
     trajectory,
 )
+from ddpm_core.processes import variance_exploding
 from ddpm_core.reverse import dynamic_threshold
 from ddpm_core.samplers import SAMPLER_KINDS, SPACINGS, denoise_step, step_tables, visited_timesteps
 from ddpm_core.steps import Step, advance, ddim_tables
@@ -317,3 +318,40 @@ def test_errors_name_the_argument() -> None:
             index=torch.arange(1),
             shape=SHAPE,
         )
+
+
+def test_noise_has_the_scale_of_the_last_timestep_that_is_visited() -> None:
+    """The spacing "leading" ends before T − 1, where σ of an exploding process is another one."""
+    process = variance_exploding(10, 0.01, 50.0)
+    config = SamplerConfig(num_steps=5, spacing="leading")
+    last = int(visited_timesteps(process, config)[-1])
+    assert last < 9
+    start = next(trajectory(_some_network, process, config, seed=0, index=torch.arange(2), shape=SHAPE)).x_t
+    expected = rng.normal(0, "sample", torch.arange(2), SHAPE) * float(1 + process.b[last] ** 2) ** 0.5
+    torch.testing.assert_close(start, expected)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_large", "learned_range"])
+def test_the_variance_is_not_rounded_to_the_dtype_of_the_state(variance_type) -> None:
+    reverse = ReverseProcess(LINEAR, variance_type=variance_type)
+    x_t, t = torch.full((3, 1, 2, 2), 0.5).bfloat16(), torch.tensor([1, 500, 999])
+    output = torch.zeros(3, 2 if variance_type == "learned_range" else 1, 2, 2).bfloat16()
+    got = reverse.log_variance(output, x_t, t)
+    assert got.dtype == torch.float32
+    exact = reverse.log_variance(output.double(), x_t.double(), t)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_threshold_in_low_precision_is_rounded_once() -> None:
+    x = (3 * torch.randn(500, 37, generator=torch.Generator().manual_seed(0))).bfloat16()
+    for quantile in (0.3, 0.777, 0.995):
+        s = torch.quantile(x.double().abs(), quantile, dim=1).clamp(min=1).bfloat16()[:, None]
+        assert torch.equal(dynamic_threshold(x, quantile), torch.clamp(x, -s, s) / s)
+
+
+def test_the_analytic_variance_refuses_an_error_of_zero() -> None:
+    for at in (0, 5):
+        mse = torch.ones(1000, dtype=torch.float64)
+        mse[at] = 0.0
+        with pytest.raises(ValueError, match=r"^x_start_mse: must be positive at every t, got 0.0"):
+            ReverseProcess(LINEAR, variance_type="analytic", x_start_mse=mse)

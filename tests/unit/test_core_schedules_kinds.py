@@ -331,3 +331,11 @@ def test_one_step_cannot_be_rescaled_unless_it_ends_already() -> None:
         rescale_zero_terminal_snr(Schedule.from_betas(torch.tensor([0.5])))
     one = Schedule.from_betas(torch.tensor([1.0]))
     assert rescale_zero_terminal_snr(one) is one
+
+
+def test_the_warm_up_ends_at_the_nearest_step() -> None:
+    """0.5·7 = 3.5 steps are 4, and 0.3·7 = 2.1 are 2."""
+    for fraction, rise in ((0.5, [0.25, 0.5, 0.75, 1.0]), (0.3, [0.25, 1.0])):
+        config = ScheduleConfig("warmup", 7, beta_start=0.2, beta_end=0.8, warmup_fraction=fraction)
+        betas = [0.2 + 0.6 * (value - 0.25) / 0.75 for value in rise] + [0.8] * (7 - len(rise))
+        assert Schedule.from_config(config).betas.tolist() == pytest.approx(betas, rel=1e-12)

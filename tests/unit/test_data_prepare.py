@@ -253,6 +253,36 @@ def test_killed_after_any_put_it_is_completed_without_redoing_finished_shards(
     assert files(out) == files(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize(
+    ("key", "cut"),
+    [
+        ("train/shard-000001.tar", True),
+        ("train/shard-000001.tar", False),
+        ("train/shard-000001.index.parquet", False),
+        ("test/shard-000000.tar", False),
+        ("shards.parquet", False),
+    ],
+)
+def test_a_finished_data_set_that_lost_something_gets_it_back(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, cut: bool
+) -> None:
+    out = tmp_path / "out"
+    prepare(str(photos), str(out), shard_count=3)
+    whole = files(out)
+    if cut:
+        (out / key).write_bytes((out / key).read_bytes()[:-512])
+    else:
+        (out / key).unlink()
+    opened = watch(monkeypatch)
+    prepare(str(photos), str(out), shard_count=3)
+    assert files(out) == whole
+    shards = {name.split(".")[0] for name in opened[0].puts if "shard-" in name}
+    assert shards == ({key.split(".")[0]} if "shard-" in key else set())
+    opened = watch(monkeypatch)
+    prepare(str(photos), str(out), shard_count=3)
+    assert opened[0].puts == [], "a whole set is left alone"
+
+
 @pytest.mark.parametrize("damage", ["cut tar", "broken index", "index of another shard"])
 def test_a_shard_that_an_earlier_attempt_left_wrong_is_made_again(
     photos: Path, tmp_path: Path, damage: str
