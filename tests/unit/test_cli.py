@@ -206,7 +206,8 @@ STEPS = ("--set", "train.steps=2", "--set", "train.eval_every=2")
         ),
         (
             ("prepare", "digits", "--config", "digits.yaml", "--out", "ftp://x"),
-            "ddpm prepare: ftp://x: storage is s3://BUCKET/PREFIX, file:///FOLDER or a folder, not ftp://",
+            "ddpm prepare: ftp://x: storage is s3://BUCKET/PREFIX, file:///FOLDER or a folder "
+            "(or https://HOST/PREFIX, to read from), not ftp://",
         ),
         (("prepare", "nowhere", "--config", "digits.yaml", "--out", "x"), "nowhere"),
         (("submit", "prepare", "--config", "digits.yaml"), "ddpm submit: submit prepare: SOURCE is missing"),
