@@ -97,13 +97,16 @@ def output_folder(path: str) -> Path:
 
 
 @contextmanager
-def ray_cluster(address: str | None) -> Iterator[None]:
-    """Connected to the Ray cluster at an address, or at RAY_ADDRESS; raises `UserError` if none answers."""
+def ray_cluster(address: str | None, *, has_local: bool = True) -> Iterator[None]:
+    """Connected to the Ray cluster at an address, or at RAY_ADDRESS; raises `UserError` if none answers.
+
+    has_local: whether the command has --local, which the message then names.
+    """
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
         raise UserError(
-            "no Ray cluster: start the local stack with `ddpm up`, name one with --address HOST:PORT, "
-            "or use --local"
+            "no Ray cluster: start the local stack with `ddpm up`, or name one with --address HOST:PORT"
+            + (", or use --local" if has_local else "")
         )
     if address != "auto":
         check_listening(address)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from infra.local import problems
 from jobs import common
-from pipelines.errors import UserError, without_password
+from pipelines.errors import UserError, one_line, without_password
 
 DESCRIPTION = """\
 Say what is wrong with the environment: Python, the local stack, the S3 server, MLflow, the Ray cluster, the
@@ -34,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("torch", _torch),
         ("disk", _disk),
         ("local stack", _stack),
+        ("s3", _s3),
         ("mlflow", _mlflow),
         ("ray", _ray),
     ]
@@ -82,6 +85,20 @@ def _stack() -> str:
     if wrong := problems(state):
         raise UserError("; ".join(wrong))
     return str(state)
+
+
+def _s3() -> str:
+    name = next((n for n in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(n)), None)
+    if name is None:
+        return "AWS_ENDPOINT_URL is not set: AWS's own endpoints"
+    endpoint = os.environ[name]
+    try:
+        parts = urlsplit(endpoint)
+        where = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection(where, timeout=4).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}={without_password(endpoint)}: does not answer ({one_line(error)})") from None
+    return without_password(endpoint)
 
 
 def _mlflow() -> str:

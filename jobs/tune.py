@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         for warning in check_space(config):
             print(f"warning: {warning}")
         print(f"sweep of {config.tune.num_trials} trials: {storage.uri}")
-        with common.ray_cluster(arguments.address):
+        with common.ray_cluster(arguments.address, has_local=False):
             sweep = _sweep(config, dataset, storage)
     _report(sweep, storage, arguments.out)
     return 0

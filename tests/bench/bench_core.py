@@ -70,7 +70,8 @@ def main() -> None:
             training(case, device)
     for case in cases(device)[:2]:
         if arguments.only in case.name:
-            sampling(replace(case, batch=2 * case.batch), device)
+            # fifty forwards a turn, so that a third of the turns will do
+            sampling(replace(case, batch=2 * case.batch, rounds=case.rounds // 3), device)
     print("\nour training loop's step against the bare step that it holds")
     for case in cases(device)[:2]:
         if arguments.only in case.name:
