@@ -445,7 +445,7 @@ def sent_steps(server: FakeServer) -> list[int]:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged, each record once: after Ray has set up logging in this process, a handler may meet it twice."""
+    """What was logged, each record once: after Ray has set up logging here, a handler may meet it twice."""
     return list({id(record): record.getMessage() for record in caplog.records}.values())
 
 
