@@ -105,7 +105,9 @@ def ray_cluster(address: str | None, *, has_local: bool = True) -> Iterator[None
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
         raise UserError(
-            "no Ray cluster: start the local stack with `ddpm up`, or name one with --address HOST:PORT"
+            "no Ray cluster: start the local stack with `ddpm up`, "
+            + ("" if has_local else "or ")
+            + "name one with --address HOST:PORT"
             + (", or use --local" if has_local else "")
         )
     if address != "auto":
