@@ -446,7 +446,8 @@ def test_memory_stays_flat_when_the_data_are_twenty_times_as_many(tmp_path: Path
     large, _ = dataset_of(tmp_path / "large", [6] * 80, shape)
     shard_bytes = small.splits["train"][0].num_bytes
     peak_of_an_epoch(small)  # what is allocated once a process
-    one, many = peak_of_an_epoch(small), peak_of_an_epoch(large)
-    # how many of the shards that come next are there at the peak is a matter of the threads' timing
-    assert many < one + 8 * shard_bytes
+    # twice each: what threads hold at the peak is a matter of their timing
+    one = max(peak_of_an_epoch(small) for _ in range(2))
+    many = min(peak_of_an_epoch(large) for _ in range(2))
+    assert many < one + 3 * shard_bytes
     assert 80 * shard_bytes > 4 * many  # the test would see a cache that keeps everything
