@@ -76,7 +76,6 @@ from ddpm_core.samplers import (
     TrajectoryStep,
     denoise_step,
     sample,
-    sampling_timesteps,
     trajectory,
     visited_timesteps,
 )
@@ -85,7 +84,6 @@ from ddpm_core.schedules import (
     ScheduleConfig,
     ScheduleReport,
     rescale_zero_terminal_snr,
-    respace,
 )
 from ddpm_core.timesteps import LossMoments, draw_timesteps
 from ddpm_core.two_sided import two_sided_prior_term, two_sided_shift, two_sided_term
@@ -168,12 +166,10 @@ __all__ = [
     "reconstruct",
     "rectified_flow",
     "rescale_zero_terminal_snr",
-    "respace",
     "respaced_timesteps",
     "reverse_of_sampler",
     "retimed",
     "sample",
-    "sampling_timesteps",
     "simple_loss",
     "snr_integral",
     "state_from_diffusers",

@@ -1,5 +1,6 @@
 """Checks of arguments. Each raises a ValueError that names the argument, what it must be and what it was."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,8 +13,14 @@ def require(ok: bool, name: str, must_be: str, value: Any) -> None:
         raise ValueError(f"{name}: must be {must_be}, got {value!r}")
 
 
+def require_int(name: str, value: Any, least: int | None = None) -> None:
+    """value must be a whole number by its type (which a bool is not), and at least `least` if that is given."""
+    require(isinstance(value, Integral) and not isinstance(value, bool), name, "an int", value)
+    require(least is None or value >= least, name, f"at least {least}", value)
+
+
 def check_seed(seed: int) -> None:
-    require(isinstance(seed, int) and not isinstance(seed, bool), "seed", "an int", seed)
+    require_int("seed", seed)
 
 
 def check_index(index: Tensor, name: str = "index") -> None:
@@ -47,10 +54,34 @@ def check_same_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) ->
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """tensor must hold neither NaN nor ±∞. Checked on the CPU only, for the reason in `check_timesteps`."""
-    if tensor.device.type == "cpu" and not bool(tensor.isfinite().all()):
-        at = (~tensor.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{name}: must be finite, got {float(tensor[tuple(at)].detach())} at {at}")
+    """tensor must hold neither NaN nor ±∞.
+
+    Checked on the CPU only, for the reason in `check_timesteps`, and not while a compiler traces, which would break
+    its graph here.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    tensor = tensor.detach()
+    # one pass in nearly every case; a sum of finite numbers may overflow, and then a second pass decides
+    if bool(tensor.sum().isfinite()):
+        return
+    wrong = ~tensor.isfinite()
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}: must be finite, got {float(tensor[tuple(at)])} at {at}")
+
+
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """tensor must be floating-point and finite."""
+    check_floating(name, tensor)
+    check_finite(name, tensor)
+
+
+def check_alike(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """tensor must be floating-point, of the shape of like, and finite."""
+    check_floating(name, tensor)
+    check_same_shape(name, tensor, like_name, like)
+    check_finite(name, tensor)
 
 
 def check_batch(name: str, tensor: Tensor) -> None:

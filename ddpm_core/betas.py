@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, require
+from ddpm_core._checks import check_floating, require, require_int
 from ddpm_core._identity import config_identity
 
 ScheduleKind: TypeAlias = Literal[
@@ -83,7 +83,7 @@ class ScheduleConfig:
             "one of " + ", ".join(map(repr, get_args(ScheduleKind))),
             self.kind,
         )
-        require(self.num_timesteps >= 1, "num_timesteps", "at least 1", self.num_timesteps)
+        require_int("num_timesteps", self.num_timesteps, 1)
         require(0 < self.beta_start < 1, "beta_start", "between 0 and 1, both excluded", self.beta_start)
         require(
             self.beta_start <= self.beta_end < 1,

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from ddpm_core import rng
-from ddpm_core._checks import check_batch, check_finite, check_index, check_same_shape, require
+from ddpm_core._checks import (
+    check_alike,
+    check_batch,
+    check_finite,
+    check_index,
+    check_same_shape,
+    require,
+    require_int,
+)
 from ddpm_core._units import LN_2, Unit, in_unit
-from ddpm_core.decoder import discretized_gaussian_log_likelihood
+from ddpm_core.decoder import log_mass_of_level
 from ddpm_core.predictions import PredictionType
-from ddpm_core.process import LinearGaussianProcess, q_sample
+from ddpm_core.process import LinearGaussianProcess, diffused
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.two_sided import measured_two_sided_term, two_sided_prior_term
@@ -46,12 +54,17 @@ def bound_term(
     reverse.clip: clip x̂_0 to [−1, 1], as the samplers do: the bound of the model that is sampled, and the published
     practice. Without it, errors at the noisy end are multiplied by √(1/ᾱ − 1) (20,000 for the cosine schedule).
     Give False to train on this term, since a clipped x̂_0 has no gradient.
-    float64 if x_start is, float32 otherwise. Raises ValueError naming the argument that is wrong.
+    float64 if x_start is, float32 otherwise. Raises ValueError naming the argument that is wrong (NaN and ±∞ are
+    noticed on the CPU).
     """
-    return _measured_term(eps_theta, reverse, x_start, t, noise, levels=levels, unit=unit)[0]
+    require_int("levels", levels, 2)
+    check_batch("x_start", x_start)
+    check_finite("x_start", x_start)
+    check_alike("noise", noise, "x_start", x_start)
+    return measured_bound_term(eps_theta, reverse, x_start, t, noise, levels=levels, unit=unit)[0]
 
 
-def _measured_term(
+def measured_bound_term(
     eps_theta: EpsTheta,
     reverse: ReverseProcess,
     x_start: Tensor,
@@ -61,10 +74,9 @@ def _measured_term(
     levels: int,
     unit: Unit,
 ) -> tuple[Tensor, Tensor]:
-    """`bound_term`, and the squared error of x̂_0 a dimension, `[B]`."""
-    check_batch("x_start", x_start)
+    """`bound_term` and the squared error of x̂_0 a dimension, `[B]`, of x_start and noise that were checked."""
     process = reverse.process
-    x_t = q_sample(process, x_start, t, noise)
+    x_t = diffused(process, x_start, t, noise)
     output = eps_theta(x_t, t)
     error = reverse.x_start_error(output, x_start, t, noise)
     x_start = x_start.to(error.dtype)
@@ -81,9 +93,7 @@ def _measured_term(
     first = (t == 0).nonzero().squeeze(1)
     if first.numel():
         x_first = x_start[first]
-        log_likelihood = discretized_gaussian_log_likelihood(
-            x_first, x_first + error[first], 0.5 * log_variance[first], levels
-        )
+        log_likelihood = log_mass_of_level(x_first, x_first + error[first], 0.5 * log_variance[first], levels)
         terms = terms.index_copy(0, first, -log_likelihood.flatten(1).mean(1))
     return in_unit(terms, unit, x_start.shape[1:].numel()), error.square().flatten(1).mean(1)
 
@@ -93,7 +103,6 @@ def prior_term(process: LinearGaussianProcess, x_start: Tensor, *, unit: Unit = 
 
     Raises ValueError naming x_start if it is not floating-point `[B, ...]`.
     """
-    check_batch("x_start", x_start)
     return in_unit(process.prior_bits_per_dim(x_start) * LN_2, unit, x_start.shape[1:].numel())
 
 
@@ -108,9 +117,11 @@ def reverse_of_sampler(
 
     process: the chain that the sampler visits, respaced already. x_start_mse: for the variance type "analytic".
     That is "ancestral" with its variance_type, and "ddim" with eta = 1, which is ancestral with fixed_small.
-    Raises ValueError naming the field of a sampler that has no bound: with σ = 0 (ddim with eta = 0, and every
-    other deterministic one) p_θ is a point, which gives almost no data a probability. For 0 < eta < 1 the forward
-    process is another one than `process` (Song et al. 2021, Eq. 7).
+    Raises ValueError naming the field of any other sampler. With σ = 0 (ddim with eta = 0, dpm_solver_pp_2m, heun)
+    p_θ is a point, which gives almost no data a probability: there is no bound. The step of dpm_solver_pp_2m_sde
+    depends on the x̂_0 of the step before as well, so that its states are no Markov chain p_θ(x_{t−1}|x_t). ddim
+    with 0 < eta < 1 is one, with the variance η²·β̃_t; but its mean is not the posterior's μ̃_t(x_t, x̂_0), which is
+    the only one that a `ReverseProcess` has: it holds more of ε̂, in place of the noise that is left out.
     """
     if config.kind == "ancestral":
         variance_type = config.variance_type
@@ -118,19 +129,27 @@ def reverse_of_sampler(
         require(
             config.eta == 1,
             "eta",
-            "1 for a sampler of this process that has a bound (0 < eta < 1 is the reverse of another one, and with "
-            "sigma = 0 there is none)",
+            "1 to have a bound (with eta = 0, which is sigma = 0, there is none; with 0 < eta < 1 the mean of a "
+            "step is not the posterior's, the only one that a ReverseProcess has)",
             config.eta,
         )
         variance_type = "fixed_small"
     else:
+        why = _NO_BOUND[config.kind]
         raise ValueError(
-            f"kind: must be 'ancestral', or 'ddim' with eta = 1, to have a bound (with sigma = 0 there is none), "
-            f"got {config.kind!r}"
+            f"kind: must be 'ancestral', or 'ddim' with eta = 1, to have a bound ({why}), got {config.kind!r}"
         )
     return ReverseProcess(
         process, prediction_type, variance_type, config.clip, x_start_mse, config.threshold_quantile
     )
+
+
+_SIGMA_IS_ZERO = "with sigma = 0 there is none"
+_NO_BOUND: dict[str, str] = {
+    "dpm_solver_pp_2m": _SIGMA_IS_ZERO,
+    "heun": _SIGMA_IS_ZERO,
+    "dpm_solver_pp_2m_sde": "a step that depends on an earlier prediction too is no p_theta(x_{t-1}|x_t)",
+}
 
 
 def stratify(process: LinearGaussianProcess, num_strata: int) -> Tensor:
@@ -143,6 +162,7 @@ def stratify(process: LinearGaussianProcess, num_strata: int) -> Tensor:
     Raises ValueError if num_strata is not in 1..T−1.
     """
     num_terms = process.num_timesteps - 1
+    require_int("num_strata", num_strata)
     require(1 <= num_strata <= num_terms, "num_strata", f"in 1..{num_terms} (T − 1)", num_strata)
     snr = process.log_snr.cpu().exp()
     proxy = (snr[:-1] - snr[1:]) / (4.0 + snr[1:])
@@ -229,8 +249,8 @@ class BoundAccumulator:
         seed: int,
         decomposition: Decomposition = "kl",
     ) -> None:
-        require(levels >= 2, "levels", "at least 2", levels)
-        require(num_strata >= 1, "num_strata", "at least 1", num_strata)
+        require_int("levels", levels, 2)
+        require_int("num_strata", num_strata, 1)
         require(decomposition in ("kl", "two_sided"), "decomposition", "'kl' or 'two_sided'", decomposition)
         self._two_sided = decomposition == "two_sided"
         self._reverse = reverse
@@ -255,15 +275,15 @@ class BoundAccumulator:
             raise ValueError(
                 f"x_start: must hold one image an index ({index.shape[0]}), got {list(x_start.shape)}"
             )
-        check_finite("x_start", x_start)
+        # first, since it looks whether x_start is finite, which nothing after it does again
+        prior_of = two_sided_prior_term if self._two_sided else prior_term
+        prior = prior_of(self._reverse.process, x_start).double().cpu()
         reconstruction = self._evaluate(eps_theta, x_start, index, torch.zeros_like(index), draw=0)
         consistency = torch.zeros_like(reconstruction)
         for stratum, (start, stop) in enumerate(zip(self._edges, self._edges[1:], strict=False)):
             t = start + rng.integers(self._seed, "bound timestep", index, stop - start, draw=stratum)
             term = self._evaluate(eps_theta, x_start, index, t, draw=stratum + 1)
             consistency += (stop - start) * term
-        prior_of = two_sided_prior_term if self._two_sided else prior_term
-        prior = prior_of(self._reverse.process, x_start).double().cpu()
         per_image = torch.stack((reconstruction, consistency, prior, reconstruction + consistency + prior))
         self._state[0] += index.shape[0]
         self._state[1:5] += per_image.sum(1)
@@ -321,7 +341,7 @@ class BoundAccumulator:
                 eps_theta, reverse, x_start, at - 1, noise.transpose(0, 1), unit="bits_per_dim"
             )
         else:
-            term, error = _measured_term(
+            term, error = measured_bound_term(
                 eps_theta, reverse, x_start, at, noise, levels=self._levels, unit="bits_per_dim"
             )
         term, error = term.double().cpu(), error.double().cpu()

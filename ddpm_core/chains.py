@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, require
+from ddpm_core._checks import check_floating, require, require_int
 from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.types import EpsTheta
 
@@ -23,7 +23,7 @@ def karras_log_snr(largest: float, smallest: float, num_points: int, rho: float 
     """
     require(math.isfinite(smallest), "smallest", "finite", smallest)
     require(smallest < largest < math.inf, "largest", f"finite and above smallest ({smallest})", largest)
-    require(num_points >= 1, "num_points", "at least 1", num_points)
+    require_int("num_points", num_points, 1)
     require(0 < rho < math.inf, "rho", "positive and finite", rho)
     # in units of the largest σ^{1/ρ}, so that nothing overflows; the way down from it, so that one point is it
     ratio = math.exp((smallest - largest) / (2.0 * rho))
@@ -32,8 +32,12 @@ def karras_log_snr(largest: float, smallest: float, num_points: int, rho: float 
 
 
 def nearest_timesteps(process: LinearGaussianProcess, log_snr: Tensor) -> Tensor:
-    """For each log-SNR `[S]` the timestep of process whose log-SNR is nearest, int64 `[S]`, on the CPU."""
+    """For each log-SNR `[S]` the timestep of process whose log-SNR is nearest, int64 `[S]`, on the CPU.
+
+    ±∞ is a log-SNR too. Raises ValueError naming log_snr if it is not floating-point, or holds a NaN.
+    """
     check_floating("log_snr", log_snr)
+    require(not bool(log_snr.isnan().any()), "log_snr", "numbers or ±inf", math.nan)
     noise = -process.log_snr.cpu()  # rising
     wanted = -log_snr.to("cpu", torch.float64).contiguous()
     above = torch.searchsorted(noise, wanted).clamp(max=len(noise) - 1)
@@ -50,6 +54,7 @@ def karras_timesteps(process: LinearGaussianProcess, num_steps: int, rho: float 
     Raises ValueError naming the argument that is wrong.
     """
     num_timesteps = process.num_timesteps
+    require_int("num_steps", num_steps)
     require(
         1 <= num_steps <= num_timesteps,
         "num_steps",

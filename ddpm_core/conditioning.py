@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ddpm_core._checks import check_floating, check_index, require
+from ddpm_core._checks import check_finite, check_floating, check_index, require, require_int
 from ddpm_core._identity import config_identity
 
 Conditioning: TypeAlias = Literal["timestep", "log_snr"]
@@ -51,13 +51,10 @@ class NetworkConfig:
     gradient_checkpointing: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        require(self.in_channels >= 1, "in_channels", "at least 1", self.in_channels)
-        require(
-            self.num_classes is None or self.num_classes >= 1,
-            "num_classes",
-            "at least 1 or null",
-            self.num_classes,
-        )
+        for name in ("image_size", "in_channels"):
+            require_int(name, getattr(self, name), 1)
+        if self.num_classes is not None:
+            require_int("num_classes", self.num_classes, 1)
         require(
             self.conditioning in ("timestep", "log_snr"),
             "conditioning",
@@ -128,6 +125,7 @@ class ConditionedNetwork(nn.Module):
         _check_batch(name, t, x_t)
         if labels is not None:
             self._check_labels(labels, x_t)
+        check_finite("x_t", x_t)
 
     def _check_labels(self, labels: Tensor, x_t: Tensor) -> None:
         num_classes = self.config.num_classes

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, require
+from ddpm_core._checks import check_floating, check_numbers, require_int
 from ddpm_core._units import LN_2
 
 _LN_2_PI = math.log(2.0 * math.pi)
@@ -21,12 +21,25 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     are open, so that the probabilities of all levels sum to 1. x holds levels; mean and log_scale (ln σ)
     broadcast to x. Computed in float64 and returned in x's dtype. Values and gradients are finite and keep their
     digits for every σ and mean for which ln P ≈ −(x − mean)²/(2σ²) is a number of that dtype; if the mean is in the
-    bin, for every σ. Raises ValueError for σ = 0.
+    bin, for every σ. Raises ValueError naming the argument that is not floating-point, does not broadcast to x, or
+    is not finite (noticed on the CPU; a log_scale of ±∞ is a σ of 0 or ∞).
     """
-    check_floating("x", x)
-    require(levels >= 2, "levels", "at least 2", levels)
-    if log_scale.device.type == "cpu" and not bool(log_scale.detach().isfinite().all()):
-        raise ValueError("log_scale: must be finite, got a sigma of 0 or inf, for which there is no bound")
+    require_int("levels", levels, 2)
+    check_numbers("x", x)
+    for name, values in (("mean", mean), ("log_scale", log_scale)):
+        check_floating(name, values)
+        sizes = zip(reversed(values.shape), reversed(x.shape), strict=False)
+        if values.dim() > x.dim() or any(have not in (1, want) for have, want in sizes):
+            raise ValueError(f"{name}: must broadcast to x {list(x.shape)}, got {list(values.shape)}")
+    check_numbers("mean", mean)
+    _check_sigma(log_scale)
+    check_numbers("log_scale", log_scale)
+    return log_mass_of_level(x, mean, log_scale, levels)
+
+
+def log_mass_of_level(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int) -> Tensor:
+    """`discretized_gaussian_log_likelihood` for callers that have checked x and let a network's NaN pass."""
+    _check_sigma(log_scale)
     half_bin = 1.0 / (levels - 1)
     offset, log_scale = torch.broadcast_tensors(x.double() - mean.double(), log_scale.double())
     inverse_scale = torch.exp(-log_scale)
@@ -44,6 +57,11 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     end = torch.where(lowest, offset + half_bin, half_bin - offset)
     outer = _log_ndtr(end * torch.exp(-log_scale))
     return torch.where(lowest | highest, outer, inner).to(x.dtype)
+
+
+def _check_sigma(log_scale: Tensor) -> None:
+    if log_scale.device.type == "cpu" and bool(log_scale.detach().isinf().any()):
+        raise ValueError("log_scale: must be finite, got a sigma of 0 or inf, for which there is no bound")
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_core._checks import require
+from ddpm_core._checks import require, require_int
 from ddpm_core.conditioning import ConditionedNetwork, NetworkConfig
 
 _NORM_EPS = 1e-6
@@ -39,23 +39,23 @@ class DiTConfig(NetworkConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.kind == "dit", "kind", "'dit'", self.kind)
-        require(self.patch_size >= 1, "patch_size", "at least 1", self.patch_size)
+        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
+            require_int(name, getattr(self, name), 1)
         require(
-            self.image_size >= 1 and self.image_size % self.patch_size == 0,
+            self.image_size % self.patch_size == 0,
             "image_size",
             f"a positive multiple of patch_size {self.patch_size}",
             self.image_size,
         )
         # a quarter of the channels each for sine and cosine of either coordinate
         require(
-            self.hidden_size >= 4 and self.hidden_size % 4 == 0,
+            self.hidden_size % 4 == 0,
             "hidden_size",
             "a positive multiple of 4",
             self.hidden_size,
         )
-        require(self.depth >= 1, "depth", "at least 1", self.depth)
         require(
-            self.num_heads >= 1 and self.hidden_size % self.num_heads == 0,
+            self.hidden_size % self.num_heads == 0,
             "num_heads",
             f"a divisor of hidden_size {self.hidden_size}",
             self.num_heads,

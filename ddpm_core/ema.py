@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm_core._checks import require
+from ddpm_core._checks import require, require_int
 
 
 def ema_decay(decay: float, warmup: bool, step: int) -> float:
@@ -34,7 +34,7 @@ class HalfLife:
 
     def __post_init__(self) -> None:
         require(self.images > 0 and math.isfinite(self.images), "images", "positive and finite", self.images)
-        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        require_int("batch_size", self.batch_size, 1)
         ramp = self.ramp_ratio
         require(
             ramp is None or (ramp > 0 and math.isfinite(ramp)),
@@ -45,7 +45,7 @@ class HalfLife:
 
     def decay(self, step: int) -> float:
         """The decay at step (0 for the first update). Raises ValueError for a negative step."""
-        require(step >= 0, "step", "at least 0", step)
+        require_int("step", step, 0)
         half_life = self.images
         if self.ramp_ratio is not None:
             half_life = min(half_life, self.ramp_ratio * step * self.batch_size)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_index, require
+from ddpm_core._checks import check_index, require, require_int
 from ddpm_core.types import EpsTheta
 
 ConditionalNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -26,7 +26,7 @@ def guided(network: ConditionalNetwork, labels: Tensor, null_label: int, scale: 
     Raises ValueError naming the argument whose shape, dtype or range is wrong.
     """
     check_index(labels, "labels")
-    require(isinstance(null_label, int), "null_label", "an int", null_label)
+    require_int("null_label", null_label)
     require(math.isfinite(scale), "scale", "finite", scale)
     both_labels = torch.cat((labels, torch.full_like(labels, null_label)))
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import rng
-from ddpm_core._checks import check_floating, check_index, require
+from ddpm_core._checks import check_index, check_numbers, require, require_int
 from ddpm_core._units import LN_2
-from ddpm_core.decoder import discretized_gaussian_log_likelihood, gaussian_log_density
+from ddpm_core.decoder import gaussian_log_density, log_mass_of_level
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.types import EpsTheta
 
@@ -71,7 +71,7 @@ class DiscretizedGaussian:
     def log_density(self, value: Tensor) -> Tensor:
         """ln P(value) of each sample `[B]`, in nats; value holds levels."""
         _check_value(value, self.mean)
-        terms = discretized_gaussian_log_likelihood(value, self.mean, 0.5 * self.log_variance, self.levels)
+        terms = log_mass_of_level(value, self.mean, 0.5 * self.log_variance, self.levels)
         return terms.flatten(1).sum(1)
 
     def sample(self, noise: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class PathTerms(NamedTuple):
 
     def bits_per_dim(self, num_dims: int) -> "PathTerms":
         """The same in bits a dimension of the data; num_dims: how many numbers x has."""
-        require(num_dims >= 1, "num_dims", "at least 1", num_dims)
+        require_int("num_dims", num_dims, 1)
         return PathTerms(*(term / (num_dims * LN_2) for term in self))
 
 
@@ -144,16 +144,19 @@ def encode_path(chain: Chain, x: Tensor, noise: PathNoise) -> list[Tensor]:
 
 def path_terms(chain: Chain, path: Sequence[Tensor]) -> PathTerms:
     """The three terms of −ELBO along a given path [x, z_0, …, z_{T−1}], as in `path_bound`."""
+    _check_path(chain, path)
     return _terms(chain, path, _log_q(chain, path))
 
 
 def log_posterior(chain: Chain, path: Sequence[Tensor]) -> Tensor:
     """ln q(z_0, …, z_{T−1}|x) = Σ_t ln q(z_t|z_{t−1}), `[B]` in nats, of a path [x, z_0, …, z_{T−1}]."""
+    _check_path(chain, path)
     return torch.stack(_log_q(chain, path)).sum(0)
 
 
 def log_joint(chain: Chain, path: Sequence[Tensor]) -> Tensor:
     """ln p(x, z_0, …, z_{T−1}) = ln p(z_{T−1}) + Σ_t ln p(z_{t−1}|z_t), `[B]` in nats, of a path [x, z_0, …]."""
+    _check_path(chain, path)
     log_prior, log_p = _log_p(chain, path)
     return log_prior + torch.stack(log_p).sum(0)
 
@@ -197,7 +200,8 @@ class DiffusionChain:
     levels: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.levels is None or self.levels >= 2, "levels", "at least 2 or None", self.levels)
+        if self.levels is not None:
+            require_int("levels", self.levels, 2)
 
     @property
     def num_timesteps(self) -> int:
@@ -233,8 +237,9 @@ class GaussianLayer(nn.Module):
     def __init__(self, num_in: int, num_out: int, hidden: int | None = None) -> None:
         super().__init__()
         for name, value in (("num_in", num_in), ("num_out", num_out)):
-            require(value >= 1, name, "at least 1", value)
-        require(hidden is None or hidden >= 1, "hidden", "at least 1 or None", hidden)
+            require_int(name, value, 1)
+        if hidden is not None:
+            require_int("hidden", hidden, 1)
         self.num_in = num_in
         if hidden is None:
             self.mean: nn.Module = nn.Linear(num_in, num_out)
@@ -263,6 +268,8 @@ class GaussianHierarchy(nn.Module):
     def __init__(self, dims: Sequence[int], hidden: int | None = None) -> None:
         super().__init__()
         require(len(dims) >= 2, "dims", "the data's dimension and one or more latents'", tuple(dims))
+        for dim in dims:
+            require_int("dims", dim, 1)
         pairs = list(pairwise(dims))
         self.encoders = nn.ModuleList(GaussianLayer(below, above, hidden) for below, above in pairs)
         self.decoders = nn.ModuleList(GaussianLayer(above, below, hidden) for below, above in pairs)
@@ -287,7 +294,7 @@ class GaussianHierarchy(nn.Module):
 
 
 def _encode(chain: Chain, x: Tensor, noise: PathNoise) -> tuple[list[Tensor], list[Conditional]]:
-    check_floating("x", x)
+    check_numbers("x", x)
     path = [x if x.dtype == torch.float64 else x.float()]
     encoders: list[Conditional] = []
     for t in range(chain.num_timesteps):
@@ -310,12 +317,10 @@ def _noise_of(x: Tensor, seed: int, index: Tensor) -> PathNoise:
 
 
 def _log_q(chain: Chain, path: Sequence[Tensor]) -> list[Tensor]:
-    _check_path(chain, path)
     return [chain.encode(t, path[t]).log_density(path[t + 1]) for t in range(chain.num_timesteps)]
 
 
 def _log_p(chain: Chain, path: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    _check_path(chain, path)
     log_p = [chain.decode(t, path[t + 1]).log_density(path[t]) for t in range(chain.num_timesteps)]
     return chain.prior().log_density(path[-1]), log_p
 
@@ -332,6 +337,8 @@ def _terms(chain: Chain, path: Sequence[Tensor], log_q: list[Tensor]) -> PathTer
 
 def _check_path(chain: Chain, path: Sequence[Tensor]) -> None:
     require(len(path) == chain.num_timesteps + 1, "path", f"{chain.num_timesteps + 1} states", len(path))
+    for state in path:
+        check_numbers("path", state)
 
 
 def _every(t: int, z: Tensor) -> Tensor:

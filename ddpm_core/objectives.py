@@ -2,23 +2,31 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ddpm_core import rng
-from ddpm_core._checks import check_batch, check_finite, check_index, check_same_shape, require
+from ddpm_core._checks import (
+    check_alike,
+    check_batch,
+    check_finite,
+    check_index,
+    check_same_shape,
+    require,
+    require_int,
+)
 from ddpm_core._identity import config_identity
-from ddpm_core.bound import bound_term
+from ddpm_core._memory import of_process
+from ddpm_core.bound import measured_bound_term
 from ddpm_core.predictions import (
     PredictionType,
     check_prediction_type,
-    prediction_target,
+    target_of,
     x_start_tables,
 )
-from ddpm_core.process import LinearGaussianProcess, q_sample
+from ddpm_core.process import LinearGaussianProcess, diffused
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.types import EpsTheta
 
@@ -95,7 +103,7 @@ class ObjectiveConfig:
 
     def reverse(self, process: LinearGaussianProcess) -> ReverseProcess:
         """The p_θ that is trained; x̂_0 is not clipped, since a clipped one has no gradient."""
-        return _reverse(process, self.prediction_type, self.variance_type)
+        return ReverseProcess(process, self.prediction_type, self.variance_type, clip=False)
 
 
 def loss_weights(process: LinearGaussianProcess, objective: ObjectiveConfig) -> Tensor:
@@ -144,11 +152,22 @@ def simple_loss(
     """
     x_start_tables(process, prediction_type)
     _check_images(x_start, noise)
-    x_t = q_sample(process, x_start, t, noise)
+    return _simple_loss(eps_theta, process, x_start, t, noise, prediction_type)
+
+
+def _simple_loss(
+    eps_theta: EpsTheta,
+    process: LinearGaussianProcess,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: PredictionType,
+) -> Tensor:
+    x_t = diffused(process, x_start, t, noise)
     prediction = eps_theta(x_t, t)
     check_same_shape("eps_theta's output", prediction, "x_t", x_t)
     dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-    target = prediction_target(process, prediction_type, x_start.to(dtype), t, noise.to(dtype))
+    target = target_of(process, prediction_type, x_start.to(dtype), t, noise.to(dtype))
     return (target - prediction.to(dtype)).square().flatten(1).mean(1)
 
 
@@ -172,7 +191,7 @@ def training_loss(
     x_start, noise `[B, C, H, W]`; t int64 `[B]`; network(x_t, t) like x_t, or with twice its channels for
     "learned_range". levels: how many values a channel has, on which x_start lies; the bound's decoder needs it.
     float64 if x_start is, else float32. Raises ValueError naming the argument that is wrong; NaN and ±∞ in x_start
-    and noise are noticed on the CPU.
+    and noise are noticed on the CPU. A NaN that the network says makes the loss NaN.
     """
     reverse = objective.reverse(process)
     _check_images(x_start, noise)
@@ -180,7 +199,7 @@ def training_loss(
         return _bound_loss(network, reverse, x_start, t, noise, levels)
     if objective.loss == "simple":
         return _weighted_simple_loss(network, process, objective, x_start, t, noise)
-    x_t = q_sample(process, x_start, t, noise)
+    x_t = diffused(process, x_start, t, noise)
     prediction, v = reverse.split(network(x_t, t), x_t)
     stopped = prediction.detach() if v is None else torch.cat((prediction.detach(), v), dim=1)
     simple = _weighted_simple_loss(lambda x, t: prediction, process, objective, x_start, t, noise)
@@ -211,7 +230,7 @@ def _weighted_simple_loss(
     t: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    loss = simple_loss(network, process, x_start, t, noise, objective.prediction_type)
+    loss = _simple_loss(network, process, x_start, t, noise, objective.prediction_type)
     if objective.weighting == "uniform":
         return loss
     return process.gather(_weights(process, objective), t, loss) * loss
@@ -228,23 +247,18 @@ def _bound_loss(
     """T·L_t in bits a dimension, `[B]`."""
     if levels is None:
         raise ValueError("levels: must be given for a loss that holds the bound, got None")
-    return reverse.process.num_timesteps * bound_term(network, reverse, x_start, t, noise, levels=levels)
+    require_int("levels", levels, 2)
+    term, _ = measured_bound_term(network, reverse, x_start, t, noise, levels=levels, unit="bits_per_dim")
+    return reverse.process.num_timesteps * term
 
 
 def _check_images(x_start: Tensor, noise: Tensor) -> None:
     check_batch("x_start", x_start)
     check_finite("x_start", x_start)
-    check_finite("noise", noise)
+    check_alike("noise", noise, "x_start", x_start)
 
 
-@lru_cache(maxsize=16)  # neither changes, and a training step asks every time
-def _reverse(
-    process: LinearGaussianProcess, prediction_type: PredictionType, variance_type: TrainedVariance
-) -> ReverseProcess:
-    return ReverseProcess(process, prediction_type, variance_type, clip=False)
-
-
-@lru_cache(maxsize=16)
+@of_process  # neither changes, and a training step asks every time
 def _weights(process: LinearGaussianProcess, objective: ObjectiveConfig) -> Tensor:
     with torch.inference_mode(False):
         return loss_weights(process, objective)

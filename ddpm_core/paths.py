@@ -7,7 +7,7 @@ The data x_0 stand apart as x_start `[B, ...]`; where a formula has x_{t−1} at
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape
+from ddpm_core._checks import check_alike, check_finite, check_floating, check_numbers
 from ddpm_core.decoder import gaussian_log_density
 from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.reverse import ReverseProcess
@@ -22,8 +22,8 @@ def q_step(process: LinearGaussianProcess, x_prev: Tensor, t: Tensor, noise: Ten
     x_prev, noise `[B, ...]`; t int64 `[B]`, zero-based: at t == 0 x_prev is the data. Returns `[B, ...]` in the
     dtype of x_prev. Raises ValueError naming the argument whose shape, dtype or range is wrong.
     """
-    check_floating("x_prev", x_prev)
-    check_same_shape("noise", noise, "x_prev", x_prev)
+    check_numbers("x_prev", x_prev)
+    check_alike("noise", noise, "x_prev", x_prev)
     kept = process.gather(process.step_scale, t, x_prev)
     spread = process.gather(process.step_variance.sqrt(), t, x_prev)
     return kept * x_prev + spread * noise.to(x_prev.dtype)
@@ -35,7 +35,7 @@ def q_sample_all(process: LinearGaussianProcess, x_start: Tensor, noise: Tensor)
     noise `[T, B, ...]`. Each x_t has its own law q(x_t|x_0), but they are no path of the chain: `q_trajectory`
     makes one. Raises ValueError naming the argument whose shape or dtype is wrong.
     """
-    check_floating("x_start", x_start)
+    check_numbers("x_start", x_start)
     _check_path("noise", noise, process, x_start)
     noise = noise.to(x_start.dtype)
     return _along(process.a, noise) * x_start + _along(process.b, noise) * noise
@@ -48,7 +48,7 @@ def q_trajectory(process: LinearGaussianProcess, x_start: Tensor, noises: Tensor
     The steps are taken in float32 at least, since the rounding of T narrow steps would add up; the path comes
     in the dtype of x_start. Raises ValueError naming the argument whose shape or dtype is wrong.
     """
-    check_floating("x_start", x_start)
+    check_numbers("x_start", x_start)
     _check_path("noises", noises, process, x_start)
     x_t = _wide(x_start)
     noises = noises.to(x_t.dtype)
@@ -132,16 +132,17 @@ def _along(table: Tensor, path: Tensor) -> Tensor:
 
 
 def _path_of(process: LinearGaussianProcess, x_start: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
-    check_floating("x_start", x_start)
-    check_floating("path", path)
+    check_numbers("x_start", x_start)
     _check_path("path", path, process, x_start)
     x_start = _wide(x_start)
     return x_start, path.to(x_start.dtype)
 
 
 def _check_path(name: str, path: Tensor, process: LinearGaussianProcess, x_start: Tensor) -> None:
+    check_floating(name, path)
     must_be = [process.num_timesteps, *x_start.shape]
     if x_start.dim() < 1 or list(path.shape) != must_be:
         raise ValueError(
             f"{name}: must have the shape [T, *x_start.shape], {must_be}, got {list(path.shape)}"
         )
+    check_finite(name, path)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm_core._checks import require
+from ddpm_core._checks import require, require_int
 from ddpm_core.ema import EMA
 
 MAX_SIGMA_REL = 12**-0.5
@@ -44,6 +44,7 @@ class Profile:
     gamma: float
 
     def __post_init__(self) -> None:
+        require_int("step", self.step)
         require(self.step >= 1, "step", "at least 1 (before the first update there is no average)", self.step)
         require(self.gamma >= 0 and math.isfinite(self.gamma), "gamma", "at least 0 and finite", self.gamma)
 

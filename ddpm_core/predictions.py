@@ -5,13 +5,13 @@ linear in (x_0, ε), so that x_t and any one tell the others by two tables: targ
 The error of the target is then on_output times the error of the output.
 """
 
-from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape, require
+from ddpm_core._checks import check_alike, check_numbers, check_timesteps, require
+from ddpm_core._memory import of_process
 from ddpm_core.process import LinearGaussianProcess
 
 PredictionType: TypeAlias = Literal["eps", "x_start", "v"]
@@ -19,15 +19,13 @@ PredictionType: TypeAlias = Literal["eps", "x_start", "v"]
 
 PREDICTION_TYPES = ("eps", "x_start", "v")
 
-_ARGUMENT_NAMES = {"eps": "eps_pred", "x_start": "pred_x_start", "v": "output"}
-
 
 def check_prediction_type(prediction_type: str, name: str = "prediction_type") -> None:
     """Raises ValueError unless prediction_type is one that this version knows."""
     require(prediction_type in PREDICTION_TYPES, name, "'eps', 'x_start' or 'v'", prediction_type)
 
 
-@lru_cache(maxsize=64)  # a process never changes, and asking for its last step waits for an accelerator
+@of_process  # a process never changes, and asking for its last step waits for an accelerator
 def conversion_tables(
     process: LinearGaussianProcess, source: PredictionType, target: PredictionType
 ) -> tuple[Tensor, Tensor]:
@@ -72,7 +70,21 @@ def prediction_target(
 ) -> Tensor:
     """What the network is to say of x_t = a·x_0 + b·ε: ε, x_0, or v = a·ε − b·x_0. Shapes as in `q_sample`."""
     check_prediction_type(prediction_type)
-    check_same_shape("noise", noise, "x_start", x_start)
+    check_numbers("x_start", x_start)
+    check_alike("noise", noise, "x_start", x_start)
+    # t is asked for whatever the type, so that a wrong one is found at once
+    check_timesteps(t, process.num_timesteps, x_start)
+    return target_of(process, prediction_type, x_start, t, noise)
+
+
+def target_of(
+    process: LinearGaussianProcess,
+    prediction_type: PredictionType,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """`prediction_target` for callers that have checked x_start and noise."""
     if prediction_type == "eps":
         return noise
     if prediction_type == "x_start":
@@ -94,9 +106,21 @@ def convert_prediction(
     cancel where the signal or the noise is small; returned in x_t's dtype. Raises ValueError naming the argument
     that is wrong.
     """
+    check_numbers("x_t", x_t)
+    check_alike("output", output, "x_t", x_t)
+    return converted(process, x_t, t, output, source, target)
+
+
+def converted(
+    process: LinearGaussianProcess,
+    x_t: Tensor,
+    t: Tensor,
+    output: Tensor,
+    source: PredictionType,
+    target: PredictionType,
+) -> Tensor:
+    """`convert_prediction` for callers that have checked x_t, or made it, and let a network's NaN pass."""
     on_x_t, on_output = conversion_tables(process, source, target)
-    check_floating("x_t", x_t)
-    check_same_shape(_ARGUMENT_NAMES[source], output, "x_t", x_t)
     wide = x_t if x_t.dtype == torch.float64 else x_t.float()
     seen, said = process.gather(on_x_t, t, wide), process.gather(on_output, t, wide)
     return (seen * wide + said * output.to(wide.dtype)).to(x_t.dtype)

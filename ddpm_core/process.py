@@ -11,7 +11,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape, check_timesteps
+from ddpm_core._checks import (
+    check_alike,
+    check_batch,
+    check_finite,
+    check_floating,
+    check_numbers,
+    check_same_shape,
+    check_timesteps,
+)
 
 PRIOR_WARNING_BITS_PER_DIM = 1e-3
 
@@ -47,7 +55,8 @@ class LinearGaussianProcess:
         """log_a, log_b: floating-point `[T]`, finite but for a last ln a of −∞.
 
         log_snr, snr_loss and total_variance: these tables where the caller knows them with more digits than ln a
-        and ln b give. Raises ValueError naming the argument that is wrong.
+        and ln b give: falling strictly and finite but for a last −∞, in (0, 1], and positive and finite. Raises
+        ValueError naming the argument that is wrong.
         """
         _check_tables(log_a, log_b)
         for name, table in (
@@ -56,16 +65,12 @@ class LinearGaussianProcess:
             ("total_variance", total_variance),
         ):
             if table is not None:
+                check_floating(name, table)
                 check_same_shape(name, table, "log_a", log_a)
+        _check_given(snr_loss, total_variance)
         self.log_a, self.log_b = _own(log_a), _own(log_b)
         self.log_snr = 2.0 * (self.log_a - self.log_b) if log_snr is None else _own(log_snr)
-        rising = (self.log_snr.diff() >= 0).nonzero()
-        if rising.numel():
-            at = int(rising[0]) + 1
-            raise ValueError(
-                f"log_snr: must fall strictly, got {float(self.log_snr[at - 1])} then {float(self.log_snr[at])} "
-                f"at {at}"
-            )
+        _check_falling(self.log_snr)
         self.a, self.b = self.log_a.exp(), self.log_b.exp()
         # −expm1 keeps the digits of a small loss
         losses = -torch.expm1(self.log_snr - shifted(self.log_snr, math.inf))
@@ -140,10 +145,10 @@ class LinearGaussianProcess:
 
         ½ · (−ln(1 − r) − r + r·x_0²) / ln 2 with r = a²/(a² + b²) at the last step (ᾱ_T of a variance-preserving
         process), averaged over the dimensions of x_start `[B, ...]`. float64 in, float64 out; float32 otherwise.
+        Raises ValueError naming x_start.
         """
-        check_floating("x_start", x_start)
-        if x_start.dim() < 2:
-            raise ValueError(f"x_start: must have the shape [B, ...], got {list(x_start.shape)}")
+        check_batch("x_start", x_start)
+        check_finite("x_start", x_start)
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         mean_square = x_start.to(dtype).square().flatten(1).mean(1)
         last = float(torch.sigmoid(self.log_snr[-1]))
@@ -172,10 +177,16 @@ def q_sample(process: LinearGaussianProcess, x_start: Tensor, t: Tensor, noise: 
     """x_t = a_t·x_0 + b_t·ε; for a `Schedule` √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4).
 
     x_start, noise `[B, ...]`; t int64 `[B]`, zero-based. Returns `[B, ...]` in the dtype of x_start.
-    Raises ValueError naming the argument whose shape, dtype or range is wrong.
+    Raises ValueError naming the argument whose shape, dtype or range is wrong, or which is not finite (noticed on
+    the CPU alone, where a look does not wait for the device).
     """
-    check_floating("x_start", x_start)
-    check_same_shape("noise", noise, "x_start", x_start)
+    check_numbers("x_start", x_start)
+    check_alike("noise", noise, "x_start", x_start)
+    return diffused(process, x_start, t, noise)
+
+
+def diffused(process: LinearGaussianProcess, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """`q_sample` for callers that have checked x_start and noise, or made them."""
     signal, spread = process.gather(process.a, t, x_start), process.gather(process.b, t, x_start)
     return signal * x_start + spread * noise.to(x_start.dtype)
 
@@ -186,16 +197,21 @@ def q_posterior(
     """q(x_{t−1} | x_t, x_0): mean μ̃_t `[B, ...]`, variance β̃_t and its logarithm `[B, 1, ...]` (Eq. 6, 7).
 
     At t == 0 the mean is x_0 and the variance 0; the logarithm is clipped there to index 1's.
+    x_start, x_t `[B, ...]`; t int64 `[B]`. In the dtype of x_start. Raises ValueError as `q_sample` does.
     """
-    check_floating("x_start", x_start)
-    check_same_shape("x_t", x_t, "x_start", x_start)
-    mean = (
+    check_numbers("x_start", x_start)
+    check_alike("x_t", x_t, "x_start", x_start)
+    variance = process.gather(process.posterior_variance, t, x_start)
+    log_variance = process.gather(process.posterior_log_variance_clipped, t, x_start)
+    return posterior_mean(process, x_start, x_t, t), variance, log_variance
+
+
+def posterior_mean(process: LinearGaussianProcess, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The mean of `q_posterior`, for callers that have checked x_start and x_t, or made them."""
+    return (
         process.gather(process.posterior_mean_coef1, t, x_start) * x_start
         + process.gather(process.posterior_mean_coef2, t, x_start) * x_t
     )
-    variance = process.gather(process.posterior_variance, t, x_start)
-    log_variance = process.gather(process.posterior_log_variance_clipped, t, x_start)
-    return mean, variance, log_variance
 
 
 def _own(table: Tensor) -> Tensor:
@@ -225,6 +241,28 @@ def _check_tables(log_a: Tensor, log_b: Tensor) -> None:
     for name, ok in (("log_a", finite), ("log_b", log_b.isfinite())):
         if not bool(ok.all()):
             raise ValueError(f"{name}: must be finite, got a value that is not at {int((~ok).nonzero()[0])}")
+
+
+def _check_falling(log_snr: Tensor) -> None:
+    falls = log_snr.diff() < 0
+    if not bool(falls.all()):
+        at = int((~falls).nonzero()[0]) + 1
+        raise ValueError(
+            f"log_snr: must fall strictly, got {float(log_snr[at - 1])} then {float(log_snr[at])} at {at}"
+        )
+    if not bool(log_snr[:1].isfinite() | (log_snr[:1] == -math.inf)):
+        raise ValueError(f"log_snr: must be finite but for a last -inf, got {float(log_snr[0])} at 0")
+
+
+def _check_given(snr_loss: Tensor | None, total_variance: Tensor | None) -> None:
+    for name, table, most in (("snr_loss", snr_loss, 1.0), ("total_variance", total_variance, math.inf)):
+        if table is None:
+            continue
+        ok = (table > 0) & table.isfinite() & (table <= most + 1e-9)
+        if not bool(ok.all()):
+            at = int((~ok).nonzero()[0])
+            must_be = "in (0, 1]" if most == 1.0 else "positive and finite"
+            raise ValueError(f"{name}: must be {must_be}, got {float(table[at])} at {at}")
 
 
 def _log_excess(log_snr: float) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ddpm_core._checks import check_floating, check_same_shape, require
+from ddpm_core._checks import check_floating, check_same_shape, require, require_int
 from ddpm_core.betas import check_log_snr
 from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.schedules import Schedule
@@ -84,7 +84,7 @@ def variance_exploding(
     Sampling starts from N(0, 1 + sigma_max²). Raises ValueError naming the argument that is out of range; T = 1
     is at sigma_max.
     """
-    require(num_timesteps >= 1, "num_timesteps", "at least 1", num_timesteps)
+    require_int("num_timesteps", num_timesteps, 1)
     require(0 < sigma_min < math.inf, "sigma_min", "positive and finite", sigma_min)
     require(
         sigma_min < sigma_max < math.inf, "sigma_max", f"above sigma_min ({sigma_min}) and finite", sigma_max
@@ -105,7 +105,7 @@ def rectified_flow(num_timesteps: int) -> LinearGaussianProcess:
     It ends without signal at s = 1, so ε-prediction is impossible. Its v-prediction is a·ε − b·x_0, not the flow's
     velocity ε − x_0. Raises ValueError naming num_timesteps.
     """
-    require(num_timesteps >= 1, "num_timesteps", "at least 1", num_timesteps)
+    require_int("num_timesteps", num_timesteps, 1)
     done = torch.arange(1, num_timesteps + 1, dtype=torch.float64)
     left = num_timesteps - done
     # 1 − √(SNR_t/SNR_{t−1}), from whole numbers

@@ -9,13 +9,13 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import require
+from ddpm_core._checks import require, require_int
 
-Spacing: TypeAlias = Literal["linspace", "leading", "trailing", "quadratic"]
-"""How timesteps are spaced; `respaced_timesteps` says what each is."""
+IndexSpacing: TypeAlias = Literal["linspace", "leading", "trailing", "quadratic"]
+"""How timesteps are spaced by their numbers alone; `respaced_timesteps` says what each is."""
 
 
-def respaced_timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "linspace") -> Tensor:
+def respaced_timesteps(num_timesteps: int, num_steps: int, spacing: IndexSpacing = "linspace") -> Tensor:
     """The visited timesteps, int64 `[S]`, strictly increasing, with T = num_timesteps, S = num_steps, i = 0..S−1:
 
     "linspace": i·(T − 1)/(S − 1), both ends included; with S = 1 it is T − 1 alone.
@@ -29,9 +29,10 @@ def respaced_timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "l
     floats.
     Raises ValueError naming spacing, or num_steps if it is not in 1..T.
     """
-    require(
-        spacing in get_args(Spacing), "spacing", "one of " + ", ".join(map(repr, get_args(Spacing))), spacing
-    )
+    known = get_args(IndexSpacing)
+    require(spacing in known, "spacing", "one of " + ", ".join(map(repr, known)), spacing)
+    require_int("num_timesteps", num_timesteps, 1)
+    require_int("num_steps", num_steps)
     require(
         1 <= num_steps <= num_timesteps,
         "num_steps",

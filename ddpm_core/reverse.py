@@ -13,12 +13,11 @@ from torch import Tensor
 from ddpm_core._checks import check_floating, check_same_shape, require
 from ddpm_core.predictions import (
     PredictionType,
-    predict_eps,
-    predict_x_start,
-    prediction_target,
+    converted,
+    target_of,
     x_start_tables,
 )
-from ddpm_core.process import LinearGaussianProcess, q_posterior
+from ddpm_core.process import LinearGaussianProcess, posterior_mean
 from ddpm_core.types import VarianceType
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range", "analytic")
@@ -42,7 +41,8 @@ class ReverseProcess:
     float64 `[T]`. At t == 0, where β̃ = 0, β̃ and fixed_large take index 1's β̃.
     clip: limit x̂_0 to [−1, 1]. threshold_quantile: instead of that limit each image's x̂_0 to ±s and divide it by s,
     s = max(1, that quantile of its |x̂_0|) (dynamic thresholding, Saharia et al. 2022, arXiv:2205.11487).
-    Raises ValueError naming the field that is wrong.
+    Raises ValueError naming the field that is wrong. The methods check shapes and t, but let a NaN in what the
+    network said pass, so that whoever runs it finds the NaN in the result.
     """
 
     process: LinearGaussianProcess
@@ -61,7 +61,11 @@ class ReverseProcess:
             if mse is None:
                 raise ValueError("x_start_mse: must be given for the variance type 'analytic'")
             check_same_shape("x_start_mse", mse, "the process's tables", self.process.log_a)
-            require(bool((mse > 0).all()), "x_start_mse", "positive at every t", mse.min().item())
+            ok = (mse > 0) & mse.isfinite()
+            if not bool(ok.all()):
+                raise ValueError(
+                    f"x_start_mse: must be positive and finite at every t, got {float(mse[~ok][0])}"
+                )
 
     def to(self, device: torch.device | str) -> "ReverseProcess":
         """The same with its process's tables on device."""
@@ -96,17 +100,17 @@ class ReverseProcess:
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """x̂_0 and ε̂ of the network's output at x_t `[B, C, H, W]`, t int64 `[B]`."""
         prediction, _ = self.split(output, x_t)
-        x_start = predict_x_start(self.process, x_t, t, prediction, self.prediction_type)
+        x_start = converted(self.process, x_t, t, prediction, self.prediction_type, "x_start")
         if self.limits:
             x_start = self.limit(x_start)
         elif self.prediction_type == "eps":
             return Prediction(x_start, prediction)
-        return Prediction(x_start, predict_eps(self.process, x_t, t, x_start))
+        return Prediction(x_start, converted(self.process, x_t, t, x_start, "x_start", "eps"))
 
     def transition(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean `[B, C, H, W]` and ln σ² (`[B, 1, 1, 1]`, or like x_t if learned) of p_θ(x_{t−1}|x_t)."""
-        mean, _, _ = q_posterior(self.process, self.predict(output, x_t, t).x_start, x_t, t)
-        return mean, self.log_variance(output, x_t, t)
+        x_start = self.predict(output, x_t, t).x_start
+        return posterior_mean(self.process, x_start, x_t, t), self.log_variance(output, x_t, t)
 
     def log_variance_table(self) -> Tensor:
         """ln σ_t², float64 `[T]`. Raises ValueError for "learned_range", which has no table."""
@@ -139,7 +143,7 @@ class ReverseProcess:
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         prediction, _ = self.split(output, x_start)
         x_start, noise = x_start.to(dtype), noise.to(dtype)
-        target = prediction_target(self.process, self.prediction_type, x_start, t, noise)
+        target = target_of(self.process, self.prediction_type, x_start, t, noise)
         _, on_output = x_start_tables(self.process, self.prediction_type)
         error = self.process.gather(on_output, t, x_start) * (prediction.to(dtype) - target)
         return self.limit(x_start + error) - x_start if self.limits else error

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_index, check_seed, require
+from ddpm_core._checks import check_index, check_seed, require, require_int
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -119,6 +119,7 @@ def integers(seed: int, purpose: str, index: Tensor, high: int, *, draw: int = 0
 
     high: 1 <= high <= 2**31. Other arguments as in `normal`.
     """
+    require_int("high", high)
     require(1 <= high <= 2**31, "high", "in 1..2**31", high)
     values = torch.empty_like(index)
     for rows, (high_word, low_word, _, _) in _words(seed, purpose, index, 1, draw):
@@ -146,6 +147,7 @@ def _words(
     On an accelerator there is one piece, because there each operation's launch is what costs.
     """
     check_index(index)
+    require_int("draw", draw)
     require(0 <= draw <= _MASK, "draw", "in 0..2**32-1", draw)
     digest = _digest(seed, purpose)
     key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

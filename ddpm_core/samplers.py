@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import rng, steps
-from ddpm_core._checks import check_index, check_same_shape, require
+from ddpm_core._checks import check_alike, check_index, check_numbers, check_same_shape, require, require_int
 from ddpm_core._identity import config_identity
 from ddpm_core.chains import karras_timesteps
 from ddpm_core.predictions import PredictionType, x_start_tables
@@ -63,9 +63,8 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in SAMPLER_KINDS, "kind", _one_of(SAMPLER_KINDS), self.kind)
-        require(
-            self.num_steps is None or self.num_steps >= 1, "num_steps", "at least 1 or null", self.num_steps
-        )
+        if self.num_steps is not None:
+            require_int("num_steps", self.num_steps, 1)
         require(0 <= self.eta <= 1, "eta", "between 0 and 1", self.eta)
         check_variance_type(self.variance_type)
         require(self.spacing in SPACINGS, "spacing", _one_of(SPACINGS), self.spacing)
@@ -81,20 +80,11 @@ class TrajectoryStep(NamedTuple):
     pred_x_start: Tensor
 
 
-def sampling_timesteps(num_timesteps: int, num_steps: int | None) -> Tensor:
-    """The timesteps of spacing "linspace", int64 `[num_steps]`, increasing: evenly from 0 to T−1, both included.
-
-    T−1 is included because x_T ~ N(0, I) is the state at T−1 and at no other timestep, and 0 because the
-    image's finest detail is decided there. With one step it is T−1 alone.
-    Raises ValueError if num_steps is not in 1..T.
-    """
-    return respaced_timesteps(num_timesteps, num_timesteps if num_steps is None else num_steps)
-
-
 def visited_timesteps(process: LinearGaussianProcess, config: SamplerConfig) -> Tensor:
     """The timesteps of process that a sampler visits, int64 `[num_steps]`, increasing.
 
-    "linspace": `sampling_timesteps`. "leading": every (T//S)-th from 0. "trailing": every (T/S)-th down from T−1.
+    "linspace": evenly from 0 to T−1, both included, as x_T ~ N(0, I) is the state at T−1 alone, and the finest
+    detail is decided at 0. "leading": every (T//S)-th from 0. "trailing": every (T/S)-th down from T−1.
     "quadratic": evenly in √t. "karras": evenly in σ^{1/ρ}, `ddpm_core.chains.karras_timesteps`. Where T−1 is not
     among them (leading), the noise of x_T is taken for the state at the last one.
     Raises ValueError if config.num_steps is above T.
@@ -136,7 +126,14 @@ def denoise_step(
     step before; for Heun None to reach the point of its second estimate, then x̂_0 there. None makes a step of
     first order.
     At t == 0 no noise is added and x_{t−1} is x̂_0.
+    Raises ValueError naming the argument whose shape, dtype or range is wrong, or which is not finite (noticed on
+    the CPU).
     """
+    check_numbers("x_t", x_t)
+    check_numbers("output", output)
+    for name, tensor in (("noise", noise), ("other", other)):
+        if tensor is not None:
+            check_alike(name, tensor, "x_t", x_t)
     pred_x_start = reverse.predict(output, x_t, t).x_start
     step = step_tables(reverse, config).gather(reverse.process, t, x_t)
     if noise is not None and config.kind == "ancestral" and reverse.variance_type == "learned_range":

@@ -20,7 +20,7 @@ from ddpm_core.process import (
     shifted,
 )
 
-__all__ = ["Schedule", "ScheduleConfig", "ScheduleReport", "rescale_zero_terminal_snr", "respace"]
+__all__ = ["Schedule", "ScheduleConfig", "ScheduleReport", "rescale_zero_terminal_snr"]
 
 _LAST_BELOW_1 = 1.0 - 2.0**-53
 
@@ -208,11 +208,6 @@ def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
     log_alphas_cumprod = schedule.log_alphas_cumprod
     factor = torch.log1p(-torch.exp(0.5 * (log_alphas_cumprod[-1] - log_alphas_cumprod)))
     return Schedule._of_logs(log_alphas_cumprod + 2.0 * (factor - factor[0]))
-
-
-def respace(schedule: Schedule, timesteps: Tensor) -> Schedule:
-    """`Schedule.at`: the schedule of the shorter chain through the given timesteps."""
-    return schedule.at(timesteps)
 
 
 def _first(where: Tensor) -> int:

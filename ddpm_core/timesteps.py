@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from ddpm_core import rng
-from ddpm_core._checks import check_floating, check_index, check_same_shape, check_timesteps, require
+from ddpm_core._checks import (
+    check_floating,
+    check_index,
+    check_same_shape,
+    check_timesteps,
+    require,
+    require_int,
+)
 from ddpm_core.process import LinearGaussianProcess
 
 HISTORY = 10
@@ -89,7 +96,7 @@ class LossMoments:
     """
 
     def __init__(self, num_timesteps: int) -> None:
-        require(num_timesteps >= 1, "num_timesteps", "at least 1", num_timesteps)
+        require_int("num_timesteps", num_timesteps, 1)
         self.tensors: dict[str, Tensor] = {
             "losses": torch.zeros(num_timesteps, HISTORY, dtype=torch.float64),
             "counts": torch.zeros(num_timesteps, dtype=torch.int64),

@@ -12,9 +12,9 @@ wrong by about a nat a dimension in every step.
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_batch, check_timesteps
+from ddpm_core._checks import check_batch, check_finite, check_floating, check_timesteps
 from ddpm_core._units import LN_2, Unit, in_unit
-from ddpm_core.process import LinearGaussianProcess, q_sample
+from ddpm_core.process import LinearGaussianProcess, diffused
 from ddpm_core.reverse import ReverseProcess
 from ddpm_core.types import EpsTheta
 
@@ -33,20 +33,24 @@ def two_sided_term(
     x_start `[B, ...]`; noise `[3, B, ...]`: the standard normal deviates of q(x_{t−1}|x_0), q(x_t|x_{t−1}) and
     q(x_{t+1}|x_t), in this order. t int64 `[B]` in 0..T−2, the state between the two: the network is asked at
     t + 1, and at t == 0 x_{t−1} is x_0 itself. float64 if x_start is, float32 otherwise. Differentiable.
-    Raises ValueError naming the argument that is wrong.
+    Raises ValueError naming the argument that is wrong (NaN and ±∞ are noticed on the CPU).
     """
+    check_batch("x_start", x_start)
+    check_finite("x_start", x_start)
+    check_floating("noise", noise)
+    if noise.shape != (3, *x_start.shape):
+        raise ValueError(
+            f"noise: must have the shape [3, *x_start.shape], {[3, *x_start.shape]}, got {list(noise.shape)}"
+        )
+    check_finite("noise", noise)
     return measured_two_sided_term(eps_theta, reverse, x_start, t, noise, unit=unit)[0]
 
 
 def measured_two_sided_term(
     eps_theta: EpsTheta, reverse: ReverseProcess, x_start: Tensor, t: Tensor, noise: Tensor, *, unit: Unit
 ) -> tuple[Tensor, Tensor]:
-    """`two_sided_term`, and the squared error of x̂_0 at t + 1 a dimension, `[B]`."""
-    check_batch("x_start", x_start)
-    if noise.shape != (3, *x_start.shape):
-        raise ValueError(
-            f"noise: must have the shape [3, *x_start.shape], {[3, *x_start.shape]}, got {list(noise.shape)}"
-        )
+    """`two_sided_term`, and the squared error of x̂_0 at t + 1 a dimension, `[B]`; for callers that have checked
+    x_start and noise."""
     process = reverse.process
     check_timesteps(t, process.num_timesteps - 1, x_start)
     loss = process.snr_loss
@@ -63,7 +67,7 @@ def measured_two_sided_term(
     kept, added = process.gather((1.0 - loss).sqrt(), next_t, like), process.gather(loss.sqrt(), next_t, like)
     at_next, rest = kept * at_t + added * after, added * at_t - kept * after
 
-    x_next = q_sample(process, x_start, next_t, at_next.to(x_start.dtype))
+    x_next = diffused(process, x_start, next_t, at_next.to(x_start.dtype))
     output = eps_theta(x_next, next_t)
     error = reverse.x_start_error(output, x_start, next_t, at_next)
     log_variance = reverse.log_variance(output, x_next.double(), next_t)
@@ -85,7 +89,6 @@ def two_sided_prior_term(
 
     x_start `[B, ...]`. float64 if x_start is, float32 otherwise. Raises ValueError naming x_start.
     """
-    check_batch("x_start", x_start)
     nats = process.prior_bits_per_dim(x_start) * LN_2 + float(two_sided_shift(process)[-1])
     return in_unit(nats, unit, x_start.shape[1:].numel())
 

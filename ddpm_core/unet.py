@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_core._checks import require
+from ddpm_core._checks import require, require_int
 from ddpm_core.conditioning import ConditionedNetwork, NetworkConfig
 from ddpm_core.conditioning import timestep_embedding as timestep_embedding
 from ddpm_core.unet_blocks import (
@@ -57,6 +57,13 @@ class UNetConfig(NetworkConfig):
         super().__post_init__()
         require(self.kind == "unet", "kind", "'unet'", self.kind)
         mults = self.channel_mults
+        for name in ("base_channels", "num_res_blocks", "num_groups", "num_heads"):
+            require_int(name, getattr(self, name), 1)
+        for name, values in (("channel_mults", mults), ("attention_resolutions", self.attention_resolutions)):
+            for value in values:
+                require_int(name, value)
+        if self.head_channels is not None:
+            require_int("head_channels", self.head_channels, 1)
         require(len(mults) >= 1 and min(mults) >= 1, "channel_mults", "one or more positive integers", mults)
         divisor = 2 ** (len(mults) - 1)
         require(
@@ -71,7 +78,6 @@ class UNetConfig(NetworkConfig):
             "even and at least 4",
             self.base_channels,
         )
-        require(self.num_res_blocks >= 1, "num_res_blocks", "at least 1", self.num_res_blocks)
         unknown = [r for r in self.attention_resolutions if r not in self.resolutions]
         require(
             not unknown,
@@ -81,7 +87,7 @@ class UNetConfig(NetworkConfig):
         )
         require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
         require(
-            self.num_groups >= 1 and all(c % self.num_groups == 0 for c in self.widths),
+            all(c % self.num_groups == 0 for c in self.widths),
             "num_groups",
             f"a divisor of every level's channels {list(self.widths)}",
             self.num_groups,
@@ -91,7 +97,7 @@ class UNetConfig(NetworkConfig):
     def _check_heads(self) -> None:
         widths = self.attention_widths
         require(
-            self.num_heads >= 1 and all(width % self.num_heads == 0 for width in widths),
+            all(width % self.num_heads == 0 for width in widths),
             "num_heads",
             f"a divisor of the channels where attention stands {list(widths)}",
             self.num_heads,
@@ -99,7 +105,7 @@ class UNetConfig(NetworkConfig):
         if self.head_channels is None:
             return
         require(
-            self.head_channels >= 1 and all(width % self.head_channels == 0 for width in widths),
+            all(width % self.head_channels == 0 for width in widths),
             "head_channels",
             f"null or a divisor of the channels where attention stands {list(widths)}",
             self.head_channels,

@@ -17,9 +17,8 @@ from ddpm_core import (
     predict_x_start,
     q_posterior,
     q_sample,
-    respace,
+    respaced_timesteps,
     rng,
-    sampling_timesteps,
 )
 from ddpm_core.betas import ScheduleKind
 from ddpm_core.paths import log_q_backward, log_q_forward
@@ -71,17 +70,17 @@ def test_tables_are_ordered(schedule: Schedule) -> None:
 @given(schedules(), st.data())
 def test_respacing_twice_is_respacing_once(schedule: Schedule, data: st.DataObject) -> None:
     num_steps = data.draw(st.integers(1, schedule.num_timesteps))
-    timesteps = sampling_timesteps(schedule.num_timesteps, num_steps)
+    timesteps = respaced_timesteps(schedule.num_timesteps, num_steps)
     assert timesteps.tolist() == sorted(set(timesteps.tolist()))
     assert int(timesteps[-1]) == schedule.num_timesteps - 1
-    once = respace(schedule, timesteps)
+    once = schedule.at(timesteps)
     # β = 1 − ᾱ is kept to half a unit of its last place, 1.1e-16, which a tiny ᾱ feels
     torch.testing.assert_close(
         once.alphas_cumprod, schedule.alphas_cumprod[timesteps], rtol=1e-10, atol=2.3e-16
     )
-    fewer = sampling_timesteps(num_steps, data.draw(st.integers(1, num_steps)))
+    fewer = respaced_timesteps(num_steps, data.draw(st.integers(1, num_steps)))
     torch.testing.assert_close(
-        respace(once, fewer).betas, respace(schedule, timesteps[fewer]).betas, rtol=1e-9, atol=1e-12
+        once.at(fewer).betas, schedule.at(timesteps[fewer]).betas, rtol=1e-9, atol=1e-12
     )
 
 

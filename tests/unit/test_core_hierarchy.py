@@ -279,7 +279,7 @@ def test_low_precision_rounds_the_weights_and_not_the_path(hidden: int | None) -
         ("value", lambda: DiscretizedGaussian(torch.ones(2, 3), torch.ones(1), 5).log_density(torch.ones(3))),
         ("levels", lambda: DiffusionChain(lambda x, t: x, ReverseProcess(SHORT), levels=1)),
         ("dims", lambda: GaussianHierarchy((2,))),
-        ("num_out", lambda: GaussianHierarchy((2, 0))),
+        ("dims", lambda: GaussianHierarchy((2, 0))),
         ("hidden", lambda: GaussianHierarchy((2, 1), 0)),
         (
             "num_dims",

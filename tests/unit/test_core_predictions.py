@@ -100,7 +100,7 @@ def test_tables_are_the_formulas(name: str) -> None:
     process = PROCESSES[name]
     a, b = process.a, process.b
     total = a.square() + b.square()
-    expected = {
+    expected: dict[tuple[PredictionType, PredictionType], tuple[Tensor, Tensor]] = {
         ("eps", "x_start"): (1 / a, -b / a),
         ("v", "x_start"): (a / total, -b / total),
         ("x_start", "eps"): (1 / b, -a / b),
@@ -244,8 +244,8 @@ def test_gradients_pass_to_the_output_and_to_x_t() -> None:
         ("target", lambda x, t: convert_prediction(LINEAR, x, t, x, "eps", "x_0")),  # type: ignore[arg-type]
         ("noise", lambda x, t: prediction_target(LINEAR, "v", x, t, x[:1])),
         ("output", lambda x, t: predict_x_start(LINEAR, x, t, x[:1], "v")),
-        ("pred_x_start", lambda x, t: predict_v(LINEAR, x, t, x[:1])),
-        ("eps_pred", lambda x, t: predict_v(LINEAR, x, t, x[:, :2], "eps")),
+        ("output", lambda x, t: predict_v(LINEAR, x, t, x[:1])),
+        ("output", lambda x, t: predict_v(LINEAR, x, t, x[:, :2], "eps")),
         ("x_t", lambda x, t: predict_eps(LINEAR, x.long(), t, x)),
         ("t", lambda x, t: predict_eps(LINEAR, x, t + 999, x)),
         ("t", lambda x, t: predict_eps(LINEAR, x, t - 1, x)),

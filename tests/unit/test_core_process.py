@@ -193,8 +193,8 @@ def test_the_layout_of_the_input_changes_nothing(dtype: torch.dtype, batch: int)
         ("noise", lambda x: q_sample(LINEAR, x, torch.tensor([0, 1]), x[:, :1])),
         ("x_start", lambda x: q_sample(LINEAR, x.to(torch.uint8), torch.tensor([0, 1]), x)),
         ("x_t", lambda x: q_posterior(LINEAR, x, x[:1], torch.tensor([0, 1]))),
-        ("eps_pred", lambda x: predict_x_start(LINEAR, x, torch.tensor([0, 1]), x[:1])),
-        ("pred_x_start", lambda x: predict_eps(LINEAR, x, torch.tensor([0, 1]), x[:1])),
+        ("output", lambda x: predict_x_start(LINEAR, x, torch.tensor([0, 1]), x[:1])),
+        ("output", lambda x: predict_eps(LINEAR, x, torch.tensor([0, 1]), x[:1])),
     ],
 )
 def test_errors_name_the_argument(name: str, call) -> None:

@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 import torch
 
-from ddpm_core import sampling_timesteps
-from ddpm_core.respacing import Spacing, respaced_timesteps
+from ddpm_core import SamplerConfig, Schedule, ScheduleConfig, visited_timesteps
+from ddpm_core.respacing import IndexSpacing, respaced_timesteps
 
-SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
+SPACINGS: tuple[IndexSpacing, ...] = get_args(IndexSpacing)
 CASES = [
     (1000, 50),
     (1000, 7),
@@ -29,7 +29,7 @@ def _half_up(x: Fraction) -> int:
     return math.floor(x + Fraction(1, 2))
 
 
-def _expected(total: int, steps: int, spacing: Spacing) -> list[int]:
+def _expected(total: int, steps: int, spacing: IndexSpacing) -> list[int]:
     if spacing == "leading":
         return [i * (total // steps) for i in range(steps)]
     if spacing == "trailing":
@@ -43,14 +43,14 @@ def _expected(total: int, steps: int, spacing: Spacing) -> list[int]:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize(("total", "steps"), CASES)
-def test_each_spacing_is_its_formula(total: int, steps: int, spacing: Spacing) -> None:
+def test_each_spacing_is_its_formula(total: int, steps: int, spacing: IndexSpacing) -> None:
     got = respaced_timesteps(total, steps, spacing)
     assert got.dtype == torch.int64
     assert got.tolist() == _expected(total, steps, spacing)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_number_of_steps_makes_a_chain(spacing: Spacing) -> None:
+def test_every_number_of_steps_makes_a_chain(spacing: IndexSpacing) -> None:
     for total in (1, 2, 3, 17, 100):
         for steps in range(1, total + 1):
             got = respaced_timesteps(total, steps, spacing).tolist()
@@ -77,7 +77,9 @@ def test_known_values() -> None:
 
 def test_linspace_is_what_sample_sets_were_made_with() -> None:
     for total, steps in CASES:
-        assert torch.equal(respaced_timesteps(total, steps), sampling_timesteps(total, steps))
+        process = Schedule.from_config(ScheduleConfig(num_timesteps=total, beta_end=0.01))
+        got = visited_timesteps(process, SamplerConfig(num_steps=steps))
+        assert torch.equal(got, respaced_timesteps(total, steps))
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 11])

@@ -17,10 +17,9 @@ from ddpm_core import (
     UNetConfig,
     predict_x_start,
     q_posterior,
-    respace,
+    respaced_timesteps,
     rng,
     sample,
-    sampling_timesteps,
     trajectory,
 )
 from ddpm_core.samplers import denoise_step
@@ -129,7 +128,7 @@ def test_ddim_with_eta_1_is_ancestral_fixed_small(schedule: Schedule, clip: bool
 )
 def test_output_moments_are_those_of_the_recursion(config: SamplerConfig) -> None:
     """The chain is linear in the noise: its output's variance is the recursion's, and pixels are independent."""
-    chain = respace(SHORT, sampling_timesteps(20, config.num_steps))
+    chain = SHORT.at(respaced_timesteps(20, config.num_steps or 20))
     if config.kind == "ancestral" or config.eta in (0.0, 1.0):
         slopes = DATA.ddim_slopes(chain) if config.eta == 0 and config.kind == "ddim" else None
         slopes = DATA.ancestral_slopes(chain) if slopes is None else slopes
@@ -236,8 +235,8 @@ def test_an_image_does_not_depend_on_its_batch(config: SamplerConfig) -> None:
 
 
 @pytest.mark.parametrize(("num_timesteps", "num_steps"), [(1000, 50), (1000, None), (7, 5), (7, 7), (1, 1)])
-def test_sampling_timesteps(num_timesteps: int, num_steps: int | None) -> None:
-    got = sampling_timesteps(num_timesteps, num_steps)
+def test_linspace_visits_both_ends_evenly(num_timesteps: int, num_steps: int | None) -> None:
+    got = respaced_timesteps(num_timesteps, num_steps or num_timesteps)
     steps = num_steps or num_timesteps
     assert got.dtype == torch.int64
     assert got.shape == (steps,)
@@ -250,7 +249,7 @@ def test_sampling_timesteps(num_timesteps: int, num_steps: int | None) -> None:
 
 
 def test_one_step_starts_from_the_last_timestep() -> None:
-    assert sampling_timesteps(1000, 1).tolist() == [999]
+    assert respaced_timesteps(1000, 1).tolist() == [999]
     config = SamplerConfig(num_steps=1, clip=False)
     image = sample(
         DATA.eps_theta(LINEAR),
@@ -270,7 +269,7 @@ def test_one_step_starts_from_the_last_timestep() -> None:
 @pytest.mark.parametrize("num_steps", [0, 21])
 def test_too_many_steps_are_refused(num_steps: int) -> None:
     with pytest.raises(ValueError, match=r"^num_steps: must be in 1\.\.20 .*got"):
-        sampling_timesteps(20, num_steps)
+        respaced_timesteps(20, num_steps)
 
 
 def test_the_network_sees_the_schedule_s_own_timesteps() -> None:

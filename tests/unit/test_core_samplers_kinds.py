@@ -353,5 +353,7 @@ def test_the_analytic_variance_refuses_an_error_of_zero() -> None:
     for at in (0, 5):
         mse = torch.ones(1000, dtype=torch.float64)
         mse[at] = 0.0
-        with pytest.raises(ValueError, match=r"^x_start_mse: must be positive at every t, got 0.0"):
+        with pytest.raises(
+            ValueError, match=r"^x_start_mse: must be positive and finite at every t, got 0.0"
+        ):
             ReverseProcess(LINEAR, variance_type="analytic", x_start_mse=mse)

@@ -7,7 +7,7 @@ import pydantic
 import pytest
 import torch
 
-from ddpm_core import ReverseProcess, Schedule, ScheduleConfig, VarianceType, respace
+from ddpm_core import ReverseProcess, Schedule, ScheduleConfig, VarianceType
 
 LINEAR = Schedule.from_config(ScheduleConfig())
 COSINE = Schedule.from_config(ScheduleConfig(kind="cosine"))
@@ -103,16 +103,16 @@ def test_gather_refuses_a_wrong_t(t: torch.Tensor) -> None:
 
 def test_respacing_keeps_alphas_cumprod() -> None:
     timesteps = torch.tensor([0, 10, 500, 999])
-    short = respace(LINEAR, timesteps)
+    short = LINEAR.at(timesteps)
     torch.testing.assert_close(short.alphas_cumprod, LINEAR.alphas_cumprod[timesteps], rtol=1e-12, atol=0)
-    whole = respace(LINEAR, torch.arange(1000))
+    whole = LINEAR.at(torch.arange(1000))
     torch.testing.assert_close(whole.betas, LINEAR.betas, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("timesteps", [[], [3, 3], [5, 2], [0, 1000], [-1, 4]])
 def test_respacing_refuses_what_is_no_chain(timesteps: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^t(imesteps)?: "):
-        respace(LINEAR, torch.tensor(timesteps, dtype=torch.int64))
+        LINEAR.at(torch.tensor(timesteps, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])

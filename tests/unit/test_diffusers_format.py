@@ -21,9 +21,9 @@ from ddpm_core import (
     ScheduleConfig,
     UNet,
     UNetConfig,
+    respaced_timesteps,
     rng,
     sample,
-    sampling_timesteps,
 )
 from pipelines.diffusers_format import (
     ImportedPipeline,
@@ -94,7 +94,7 @@ def test_ancestral_images_agree(
         monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise(draw))
         return torch.as_tensor(scheduler.step(output, t, x).prev_sample)
 
-    steps = sampling_timesteps(20, num_steps).flip(0).tolist()
+    steps = respaced_timesteps(20, num_steps).flip(0).tolist()
     theirs = images(tmp_path / "p", step, steps)
     assert float(ours.std()) > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
