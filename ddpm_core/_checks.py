@@ -13,10 +13,16 @@ def require(ok: bool, name: str, must_be: str, value: Any) -> None:
         raise ValueError(f"{name}: must be {must_be}, got {value!r}")
 
 
-def require_int(name: str, value: Any, least: int | None = None) -> None:
-    """value must be a whole number by its type (which a bool is not), and at least `least` if that is given."""
-    require(isinstance(value, Integral) and not isinstance(value, bool), name, "an int", value)
-    require(least is None or value >= least, name, f"at least {least}", value)
+def require_int(name: str, value: Any, least: int | None = None, *, none: str = "") -> None:
+    """value must be a whole number by its type (which a bool is not), and at least `least` if that is given.
+
+    none: how the user writes None ("null" in a file), where that will do as well.
+    """
+    if value is None and none:
+        return
+    rest = f" or {none}" if none else ""
+    require(isinstance(value, Integral) and not isinstance(value, bool), name, f"an int{rest}", value)
+    require(least is None or value >= least, name, f"at least {least}{rest}", value)
 
 
 def check_seed(seed: int) -> None:

@@ -215,16 +215,15 @@ def from_log_snr(log_snr: Tensor) -> BetaTable:
 
 def check_log_snr(log_snr: Tensor) -> None:
     """Raises ValueError unless it is floating-point `[T]`, strictly falling, finite but for a last −∞."""
-    _check_table("log_snr", log_snr)
-    good = log_snr.isfinite()
-    good[-1] |= log_snr[-1] == -math.inf
-    good[1:] &= log_snr[1:] < log_snr[:-1]
-    if not bool(good.all()):
-        at = int((~good).nonzero()[0])
-        raise ValueError(
-            f"log_snr: must be finite (-inf is allowed at the last step) and fall strictly, "
-            f"got {float(log_snr[at])} at {at}"
-        )
+    _check_falling(
+        "log_snr", log_snr, math.inf, "be finite (-inf is allowed at the last step) and fall strictly"
+    )
+
+
+def check_log_alphas_cumprod(log_alphas_cumprod: Tensor) -> None:
+    """Raises ValueError unless it is floating-point `[T]`, strictly falling from below 0, finite but a last −∞."""
+    must = "fall strictly from below 0 and be finite (-inf is allowed at the last step)"
+    _check_falling("log_alphas_cumprod", log_alphas_cumprod, 0.0, must)
 
 
 def linear(config: ScheduleConfig) -> BetaTable:
@@ -344,6 +343,16 @@ def _ends(config: ScheduleConfig) -> tuple[Tensor, Tensor]:
 def _shares(config: ScheduleConfig) -> Tensor:
     """0, 1/T, ..., 1."""
     return torch.arange(config.num_timesteps + 1, dtype=torch.float64) / config.num_timesteps
+
+
+def _check_falling(name: str, table: Tensor, below: float, must: str) -> None:
+    _check_table(name, table)
+    good = table.isfinite()
+    good[-1] |= table[-1] == -math.inf
+    good &= table < torch.cat((table.new_full((1,), below), table[:-1]))
+    if not bool(good.all()):
+        at = int((~good).nonzero()[0])
+        raise ValueError(f"{name}: must {must}, got {float(table[at])} at {at}")
 
 
 def _check_table(name: str, table: Tensor) -> None:

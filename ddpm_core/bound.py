@@ -18,6 +18,7 @@ from ddpm_core._checks import (
     check_alike,
     check_batch,
     check_finite,
+    check_floating,
     check_index,
     check_same_shape,
     require,
@@ -295,6 +296,7 @@ class BoundAccumulator:
 
     def load_state(self, state: Tensor) -> None:
         """Replace what was added by a (summed) state. Raises ValueError if its length is not 9 + 4·T."""
+        check_floating("state", state)
         check_same_shape("state", state, "this accumulator's state", self._state)
         self._state = state.detach().to("cpu", torch.float64, copy=True)
 

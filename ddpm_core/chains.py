@@ -37,6 +37,8 @@ def nearest_timesteps(process: LinearGaussianProcess, log_snr: Tensor) -> Tensor
     ±∞ is a log-SNR too. Raises ValueError naming log_snr if it is not floating-point, or holds a NaN.
     """
     check_floating("log_snr", log_snr)
+    if log_snr.dim() != 1:
+        raise ValueError(f"log_snr: must have the shape [S], got {list(log_snr.shape)}")
     require(not bool(log_snr.isnan().any()), "log_snr", "numbers or ±inf", math.nan)
     noise = -process.log_snr.cpu()  # rising
     wanted = -log_snr.to("cpu", torch.float64).contiguous()
@@ -78,7 +80,10 @@ def retimed(eps_theta: EpsTheta, times: Tensor) -> EpsTheta:
     """The network that is asked for times[t] where the sampler asks for t.
 
     times `[S]`: the chain's log_snr for a network of the log-SNR, `nearest_timesteps` for one of integer t.
+    Raises ValueError naming times if it has another shape.
     """
+    if times.dim() != 1:
+        raise ValueError(f"times: must have the shape [S], got {list(times.shape)}")
 
     def asked(x_t: Tensor, t: Tensor) -> Tensor:
         return eps_theta(x_t, times[t.to(times.device)].to(x_t.device))

@@ -53,8 +53,7 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "in_channels"):
             require_int(name, getattr(self, name), 1)
-        if self.num_classes is not None:
-            require_int("num_classes", self.num_classes, 1)
+        require_int("num_classes", self.num_classes, 1, none="null")
         require(
             self.conditioning in ("timestep", "log_snr"),
             "conditioning",

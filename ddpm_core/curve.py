@@ -52,9 +52,11 @@ class MeasuredCurve:
         self._areas = torch.cat((none, self._area(log_snr[1:], torch.arange(1, error.numel())))).cumsum(0)
 
     def __call__(self, log_snr: Tensor) -> Tensor:
-        """m, float64 like log_snr."""
+        """m, float64 of log_snr's shape; ±∞ is a log-SNR too, NaN is none and is refused by name."""
+        check_floating("log_snr", log_snr)
+        require(not bool(log_snr.isnan().any()), "log_snr", "numbers or ±inf", math.nan)
         log_snr = log_snr.detach().double().cpu()
-        segment = torch.searchsorted(self._log_snr, log_snr)
+        segment = torch.searchsorted(self._log_snr, log_snr.contiguous())
         point = (segment - 1).clamp(min=0)
         distance = torch.where(self._slopes[segment] == 0, 0.0, log_snr - self._log_snr[point])
         return torch.exp(self._log_mse[point] + self._slopes[segment] * distance)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import rng
-from ddpm_core._checks import check_index, check_numbers, require, require_int
+from ddpm_core._checks import check_batch, check_floating, check_index, check_numbers, require, require_int
 from ddpm_core._units import LN_2
 from ddpm_core.decoder import gaussian_log_density, log_mass_of_level
 from ddpm_core.reverse import ReverseProcess
@@ -143,20 +143,23 @@ def encode_path(chain: Chain, x: Tensor, noise: PathNoise) -> list[Tensor]:
 
 
 def path_terms(chain: Chain, path: Sequence[Tensor]) -> PathTerms:
-    """The three terms of −ELBO along a given path [x, z_0, …, z_{T−1}], as in `path_bound`."""
-    _check_path(chain, path)
+    """The three terms of −ELBO along a given path [x, z_0, …, z_{T−1}], as in `path_bound`.
+
+    Raises ValueError naming path.
+    """
+    path = _checked(chain, path)
     return _terms(chain, path, _log_q(chain, path))
 
 
 def log_posterior(chain: Chain, path: Sequence[Tensor]) -> Tensor:
     """ln q(z_0, …, z_{T−1}|x) = Σ_t ln q(z_t|z_{t−1}), `[B]` in nats, of a path [x, z_0, …, z_{T−1}]."""
-    _check_path(chain, path)
+    path = _checked(chain, path)
     return torch.stack(_log_q(chain, path)).sum(0)
 
 
 def log_joint(chain: Chain, path: Sequence[Tensor]) -> Tensor:
     """ln p(x, z_0, …, z_{T−1}) = ln p(z_{T−1}) + Σ_t ln p(z_{t−1}|z_t), `[B]` in nats, of a path [x, z_0, …]."""
-    _check_path(chain, path)
+    path = _checked(chain, path)
     log_prior, log_p = _log_p(chain, path)
     return log_prior + torch.stack(log_p).sum(0)
 
@@ -200,8 +203,7 @@ class DiffusionChain:
     levels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.levels is not None:
-            require_int("levels", self.levels, 2)
+        require_int("levels", self.levels, 2, none="None")
 
     @property
     def num_timesteps(self) -> int:
@@ -209,12 +211,14 @@ class DiffusionChain:
 
     def encode(self, t: int, z: Tensor) -> Gaussian:
         """q(x_t|x_{t−1}) = N(√α_t·x_{t−1}, β_t·I) for a `Schedule` (Eq. 2)."""
+        check_batch("z", z)
         process, at = self.reverse.process, _every(t, z)
         mean = process.gather(process.step_scale, at, z) * z
         return Gaussian(mean, process.gather(process.step_variance.log(), at, z))
 
     def decode(self, t: int, z: Tensor) -> Gaussian | DiscretizedGaussian:
         """p_θ(x_{t−1}|x_t) (Eq. 1), with the decoder of the data at t == 0."""
+        check_batch("z", z)
         at = _every(t, z)
         mean, log_variance = self.reverse.transition(self.eps_theta(z, at), z, at)
         if t == 0 and self.levels is not None:
@@ -238,8 +242,7 @@ class GaussianLayer(nn.Module):
         super().__init__()
         for name, value in (("num_in", num_in), ("num_out", num_out)):
             require_int(name, value, 1)
-        if hidden is not None:
-            require_int("hidden", hidden, 1)
+        require_int("hidden", hidden, 1, none="None")
         self.num_in = num_in
         if hidden is None:
             self.mean: nn.Module = nn.Linear(num_in, num_out)
@@ -249,6 +252,7 @@ class GaussianLayer(nn.Module):
             self.log_variance = None
 
     def forward(self, z: Tensor) -> Gaussian:
+        check_floating("z", z)
         if z.dim() != 2 or z.shape[1] != self.num_in:
             raise ValueError(f"z: must have the shape [B, {self.num_in}], got {list(z.shape)}")
         output = self.mean(z.to(next(self.mean.parameters()).dtype)).to(z.dtype)
@@ -295,7 +299,7 @@ class GaussianHierarchy(nn.Module):
 
 def _encode(chain: Chain, x: Tensor, noise: PathNoise) -> tuple[list[Tensor], list[Conditional]]:
     check_numbers("x", x)
-    path = [x if x.dtype == torch.float64 else x.float()]
+    path = [_wide(x)]
     encoders: list[Conditional] = []
     for t in range(chain.num_timesteps):
         encoder = chain.encode(t, path[-1])
@@ -335,10 +339,16 @@ def _terms(chain: Chain, path: Sequence[Tensor], log_q: list[Tensor]) -> PathTer
     )
 
 
-def _check_path(chain: Chain, path: Sequence[Tensor]) -> None:
+def _checked(chain: Chain, path: Sequence[Tensor]) -> list[Tensor]:
+    """The path in float32 at least."""
     require(len(path) == chain.num_timesteps + 1, "path", f"{chain.num_timesteps + 1} states", len(path))
     for state in path:
         check_numbers("path", state)
+    return [_wide(state) for state in path]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _every(t: int, z: Tensor) -> Tensor:

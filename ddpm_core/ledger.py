@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape, require
+from ddpm_core._checks import check_finite, check_floating, check_same_shape, require
 from ddpm_core._units import LN_2
 from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
 from ddpm_core.process import LinearGaussianProcess
@@ -133,7 +133,9 @@ def bound_ledger(
     gain = _step_gains(process, x_start_mse)
     if consistency is None:
         consistency = consistency_terms(reverse, x_start_mse)
+    check_floating("consistency", consistency)
     check_same_shape("consistency", consistency, "the process's tables", process.log_a)
+    check_finite("consistency", consistency[1:])
     if bayes is None and entropy is not None:
         raise ValueError("entropy: must come with bayes, the Bayes error, got none")
 

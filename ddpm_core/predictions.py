@@ -33,15 +33,15 @@ def conversion_tables(
 
     to x_0: from ε (1/a, −b/a), from v (a, −b)/S. To ε: from x_0 (1/b, −a/b), from v (b, a)/S. To v: from ε
     (−b/a, S/a), from x_0 (a/b, −S/b). To itself (0, 1). Do not change the tables in place: they are shared.
-    Raises ValueError naming prediction_type if the source is "eps", the target is not, and a = 0 at the last step,
-    where ε says nothing of x_0.
+    Raises ValueError naming prediction_type if the source is "eps", the target is not, and a is 0 at the last step,
+    or so small that 1/a is no number: there ε says nothing of x_0.
     """
     check_prediction_type(source)
     check_prediction_type(target, "target")
-    if source == "eps" and target != "eps" and process.ends_without_signal:
+    if source == "eps" and target != "eps" and bool(process.a.reciprocal().isinf().any()):
         raise ValueError(
             "prediction_type: must be 'v' or 'x_start' for a process that ends without signal (its last beta "
-            "is 1), got 'eps', which says nothing of x_0 there"
+            "is 1, or a = √ᾱ is no number to divide by), got 'eps', which says nothing of x_0 there"
         )
     with torch.inference_mode(False):  # shared with a training step, whoever asks first
         if source == target:

@@ -16,9 +16,11 @@ from ddpm_core._checks import (
     check_batch,
     check_finite,
     check_floating,
+    check_index,
     check_numbers,
     check_same_shape,
     check_timesteps,
+    require,
 )
 
 PRIOR_WARNING_BITS_PER_DIM = 1e-3
@@ -136,6 +138,7 @@ class LinearGaussianProcess:
         noise at the first timesteps. With CUDA tensors call `to(device)` once, or each look-up waits for the
         device. Raises ValueError naming t if it is not int64 `[B]` in 0..T−1.
         """
+        check_same_shape("table", table, "the process's tables", self.log_a)
         check_timesteps(t, self.num_timesteps, like)
         values = table[t.to(table.device)].to(like.dtype).to(like.device)
         return values.reshape(-1, *[1] * (like.dim() - 1))
@@ -225,9 +228,11 @@ def shifted(table: Tensor, first: float) -> Tensor:
 
 def check_subset(timesteps: Tensor, num_timesteps: int) -> None:
     """Raises ValueError unless timesteps is int64 `[S]`, S ≥ 1, strictly increasing in 0..num_timesteps − 1."""
-    check_timesteps(timesteps, num_timesteps, like=timesteps)
+    check_index(timesteps, "timesteps")
     if timesteps.numel() == 0 or bool((timesteps.diff() <= 0).any()):
         raise ValueError("timesteps: must be strictly increasing and not empty")
+    for end in (int(timesteps[0]), int(timesteps[-1])):
+        require(0 <= end < num_timesteps, "timesteps", f"in 0..{num_timesteps - 1}", end)
 
 
 def _check_tables(log_a: Tensor, log_b: Tensor) -> None:

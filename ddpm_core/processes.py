@@ -36,8 +36,12 @@ def process_from_coefficients(a: Tensor, b: Tensor) -> LinearGaussianProcess:
     """
     for name, table in (("a", a), ("b", b)):
         check_floating(name, table)
+        if table.dim() != 1 or table.shape[0] < 1:
+            raise ValueError(f"{name}: must have the shape [T] with T >= 1, got {list(table.shape)}")
+    check_same_shape("b", b, "a", a)
+    for name, table in (("a", a), ("b", b)):
         ok = table > 0
-        if name == "a" and table.dim() == 1 and len(table):
+        if name == "a":
             ok[-1] |= table[-1] == 0
         require(bool((ok & table.isfinite()).all()), name, "positive and finite", table.tolist())
     return LinearGaussianProcess(a.double().log(), b.double().log())
@@ -51,8 +55,10 @@ def process_from_log_snr(log_snr: Tensor, log_scale: Tensor | None = None) -> Li
     """
     check_log_snr(log_snr)
     log_snr = log_snr.double()
-    log_scale = torch.zeros_like(log_snr) if log_scale is None else log_scale.double()
+    log_scale = torch.zeros_like(log_snr) if log_scale is None else log_scale
+    check_floating("log_scale", log_scale)
     check_same_shape("log_scale", log_scale, "log_snr", log_snr)
+    log_scale = log_scale.double()
     require(bool(log_scale.isfinite().all()), "log_scale", "finite", log_scale.tolist())
     return LinearGaussianProcess(
         log_scale + 0.5 * logsigmoid(log_snr),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape, require
+from ddpm_core._checks import check_batch, check_floating, check_same_shape, require
 from ddpm_core.predictions import (
     PredictionType,
     converted,
@@ -60,6 +60,7 @@ class ReverseProcess:
             mse = self.x_start_mse
             if mse is None:
                 raise ValueError("x_start_mse: must be given for the variance type 'analytic'")
+            check_floating("x_start_mse", mse)
             check_same_shape("x_start_mse", mse, "the process's tables", self.process.log_a)
             ok = (mse > 0) & mse.isfinite()
             if not bool(ok.all()):
@@ -85,16 +86,21 @@ class ReverseProcess:
 
     def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output's prediction, and its v if the variance is learned. Raises ValueError for another shape."""
+        return self._split(output, x_t, "x_t")
+
+    def _split(self, output: Tensor, like: Tensor, like_name: str) -> tuple[Tensor, Tensor | None]:
+        check_floating(like_name, like)
+        check_floating("eps_theta's output", output)
         if self.variance_type != "learned_range":
-            check_same_shape("eps_theta's output", output, "x_t", x_t)
+            check_same_shape("eps_theta's output", output, like_name, like)
             return output, None
-        if output.dim() != x_t.dim() or output.shape[1] != 2 * x_t.shape[1]:
+        if output.dim() != like.dim() or output.dim() < 2 or output.shape[1] != 2 * like.shape[1]:
             raise ValueError(
-                f"eps_theta's output: must have twice the channels of x_t {list(x_t.shape)} for the variance type "
-                f"'learned_range', got {list(output.shape)}"
+                f"eps_theta's output: must have twice the channels of {like_name} {list(like.shape)} for the "
+                f"variance type 'learned_range', got {list(output.shape)}"
             )
         prediction, v = output.chunk(2, dim=1)
-        check_same_shape("eps_theta's output", prediction, "x_t", x_t)
+        check_same_shape("eps_theta's output", prediction, like_name, like)
         return prediction, v
 
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
@@ -141,7 +147,9 @@ class ReverseProcess:
         From the error of the output, not from two images: their difference would cancel near t = 0.
         """
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-        prediction, _ = self.split(output, x_start)
+        prediction, _ = self._split(output, x_start, "x_start")
+        check_floating("noise", noise)
+        check_same_shape("noise", noise, "x_start", x_start)
         x_start, noise = x_start.to(dtype), noise.to(dtype)
         target = target_of(self.process, self.prediction_type, x_start, t, noise)
         _, on_output = x_start_tables(self.process, self.prediction_type)
@@ -155,7 +163,7 @@ def dynamic_threshold(x_start: Tensor, quantile: float) -> Tensor:
     Saharia et al. 2022, section 2.3. quantile in (0, 1], linear between the order statistics; 1 is the largest.
     Returns values in [−1, 1], like x_start. Raises ValueError naming the argument that is wrong.
     """
-    check_floating("x_start", x_start)
+    check_batch("x_start", x_start)
     require(0 < quantile <= 1, "quantile", "above 0 and at most 1", quantile)
     # torch.quantile knows float32 and float64 only, and less than 2^24 numbers a call: hence the order statistics
     sizes, _ = x_start.abs().flatten(1).sort(dim=1)

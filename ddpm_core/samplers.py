@@ -63,8 +63,7 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in SAMPLER_KINDS, "kind", _one_of(SAMPLER_KINDS), self.kind)
-        if self.num_steps is not None:
-            require_int("num_steps", self.num_steps, 1)
+        require_int("num_steps", self.num_steps, 1, none="null")
         require(0 <= self.eta <= 1, "eta", "between 0 and 1", self.eta)
         check_variance_type(self.variance_type)
         require(self.spacing in SPACINGS, "spacing", _one_of(SPACINGS), self.spacing)

@@ -68,6 +68,7 @@ class Schedule(LinearGaussianProcess):
             self.log_alphas_cumprod, self.alphas = given.log_alphas_cumprod, 1.0 - self.betas
         else:
             check_same_shape("log_alphas_cumprod", log_alphas_cumprod, "betas", betas)
+            tables.check_log_alphas_cumprod(log_alphas_cumprod)
             self.log_alphas_cumprod = log_alphas_cumprod.detach().to(torch.float64).clone()
             self.alphas = torch.exp(self.log_alphas_cumprod - shifted(self.log_alphas_cumprod, 0.0))
         # 1 − ᾱ is taken from ln ᾱ: the difference of two rounded numbers would lose digits near t = 0.
@@ -90,7 +91,8 @@ class Schedule(LinearGaussianProcess):
         self.alphas_cumprod_prev = shifted(self.alphas_cumprod, 1.0)
         self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod = self.a, self.b
         self.sqrt_recip_alphas_cumprod = torch.exp(-self.log_a)
-        self.sqrt_recipm1_alphas_cumprod = torch.expm1(-self.log_alphas_cumprod).sqrt()
+        # a product, since 1/ᾱ overflows long before its root
+        self.sqrt_recipm1_alphas_cumprod = self.b * self.sqrt_recip_alphas_cumprod
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Schedule":
@@ -128,6 +130,14 @@ class Schedule(LinearGaussianProcess):
         # a step over ᾱ ratios below 1e-16 rounds to β = 1, which is no ε-schedule; the next number below is one
         below = table.betas.clamp(max=_LAST_BELOW_1)
         betas = torch.where(table.log_alphas_cumprod.isinf(), table.betas, below)
+        tables.check_betas(betas)
+        falls = table.log_alphas_cumprod < shifted(table.log_alphas_cumprod, 0.0)
+        if not bool(falls.all()):
+            at = _first(~falls)
+            raise ValueError(
+                f"betas: must be large enough to lower ln(alphas_cumprod) in float64, got {float(table.betas[at])} "
+                f"at {at}"
+            )
         return cls(betas, log_alphas_cumprod=table.log_alphas_cumprod)
 
     def at(self, timesteps: Tensor) -> "Schedule":

@@ -62,8 +62,7 @@ class UNetConfig(NetworkConfig):
         for name, values in (("channel_mults", mults), ("attention_resolutions", self.attention_resolutions)):
             for value in values:
                 require_int(name, value)
-        if self.head_channels is not None:
-            require_int("head_channels", self.head_channels, 1)
+        require_int("head_channels", self.head_channels, 1, none="null")
         require(len(mults) >= 1 and min(mults) >= 1, "channel_mults", "one or more positive integers", mults)
         divisor = 2 ** (len(mults) - 1)
         require(
