@@ -173,7 +173,7 @@ def check_alphas_cumprod(alphas_cumprod: Tensor) -> None:
     _check_table("alphas_cumprod", alphas_cumprod)
     before = torch.cat((alphas_cumprod.new_ones(1), alphas_cumprod[:-1]))
     good = (alphas_cumprod > 0) & (alphas_cumprod < before)
-    good[-1] |= (alphas_cumprod[-1] == 0) & (before[-1] > 0)
+    good[-1] |= alphas_cumprod[-1] == 0
     if not bool(good.all()):
         at = int((~good).nonzero()[0])
         raise ValueError(
