@@ -8,7 +8,7 @@ each part of it is due to. A sampler with σ = 0 has no bound: its p_θ gives th
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -176,6 +176,9 @@ def stratify(process: LinearGaussianProcess, num_strata: int) -> Tensor:
     return torch.tensor([*edges, process.num_timesteps])
 
 
+_PARTS = ("reconstruction", "consistency", "prior", "total")
+
+
 @dataclass(frozen=True)
 class BoundEstimate:
     """The bound in bits a dimension: three terms and their sum, each with its standard error.
@@ -199,18 +202,10 @@ class BoundEstimate:
     def in_nats(self, num_dims: int) -> "BoundEstimate":
         """The same in nats an image of num_dims dimensions (C·H·W)."""
         factor = LN_2 * num_dims
-        return replace(
-            self,
-            reconstruction=self.reconstruction * factor,
-            consistency=self.consistency * factor,
-            prior=self.prior * factor,
-            total=self.total * factor,
-            reconstruction_stderr=self.reconstruction_stderr * factor,
-            consistency_stderr=self.consistency_stderr * factor,
-            prior_stderr=self.prior_stderr * factor,
-            total_stderr=self.total_stderr * factor,
-            per_t=[term * factor for term in self.per_t],
-        )
+        sizes: dict[str, Any] = {
+            name: value * factor for name, value in vars(self).items() if isinstance(value, float)
+        }
+        return replace(self, **sizes, per_t=[term * factor for term in self.per_t])
 
 
 @dataclass(frozen=True)
@@ -308,20 +303,10 @@ class BoundAccumulator:
         mean = self._state[1:5] / count
         spread = (self._state[5:9] / count - mean.square()).clamp(min=0.0)
         stderr = (spread / (count - 1)).sqrt() if count > 1 else torch.full_like(mean, math.nan)
-        reconstruction, consistency, prior, total = mean.tolist()
-        reconstruction_stderr, consistency_stderr, prior_stderr, total_stderr = stderr.tolist()
-        return BoundEstimate(
-            reconstruction=reconstruction,
-            consistency=consistency,
-            prior=prior,
-            total=total,
-            reconstruction_stderr=reconstruction_stderr,
-            consistency_stderr=consistency_stderr,
-            prior_stderr=prior_stderr,
-            total_stderr=total_stderr,
-            num_images=count,
-            per_t=self.per_t().term.tolist(),
-        )
+        parts: dict[str, Any] = {}
+        for name, value, error in zip(_PARTS, mean.tolist(), stderr.tolist(), strict=True):
+            parts |= {name: value, f"{name}_stderr": error}
+        return BoundEstimate(**parts, num_images=count, per_t=self.per_t().term.tolist())
 
     def per_t(self) -> TermsPerT:
         """What was measured at each t."""

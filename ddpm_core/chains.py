@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_core._checks import check_floating, require, require_int
 from ddpm_core.process import LinearGaussianProcess
+from ddpm_core.respacing import check_num_steps
 from ddpm_core.types import EpsTheta
 
 
@@ -56,13 +57,7 @@ def karras_timesteps(process: LinearGaussianProcess, num_steps: int, rho: float 
     Raises ValueError naming the argument that is wrong.
     """
     num_timesteps = process.num_timesteps
-    require_int("num_steps", num_steps)
-    require(
-        1 <= num_steps <= num_timesteps,
-        "num_steps",
-        f"in 1..{num_timesteps} (the schedule's num_timesteps)",
-        num_steps,
-    )
+    check_num_steps(num_steps, num_timesteps)
     silent = int(process.ends_without_signal)
     count, last = num_steps - silent, num_timesteps - 1 - silent
     position = torch.arange(count)

@@ -32,13 +32,7 @@ def respaced_timesteps(num_timesteps: int, num_steps: int, spacing: IndexSpacing
     known = get_args(IndexSpacing)
     require(spacing in known, "spacing", "one of " + ", ".join(map(repr, known)), spacing)
     require_int("num_timesteps", num_timesteps, 1)
-    require_int("num_steps", num_steps)
-    require(
-        1 <= num_steps <= num_timesteps,
-        "num_steps",
-        f"in 1..{num_timesteps} (the schedule's num_timesteps)",
-        num_steps,
-    )
+    check_num_steps(num_steps, num_timesteps)
     position = torch.arange(num_steps)
     if spacing == "leading":
         return position * (num_timesteps // num_steps)
@@ -50,6 +44,13 @@ def respaced_timesteps(num_timesteps: int, num_steps: int, spacing: IndexSpacing
         return _rounded(position * (num_timesteps - 1), num_steps - 1)
     # Near 0 squares lie closer than 1; from where i²/(S−1)² reaches i/(T−1) on they lie further apart.
     return torch.maximum(_rounded(position**2 * (num_timesteps - 1), (num_steps - 1) ** 2), position)
+
+
+def check_num_steps(num_steps: int, num_timesteps: int) -> None:
+    """Raises ValueError unless num_steps is in 1..num_timesteps."""
+    require_int("num_steps", num_steps)
+    must_be = f"in 1..{num_timesteps} (the schedule's num_timesteps)"
+    require(1 <= num_steps <= num_timesteps, "num_steps", must_be, num_steps)
 
 
 def _rounded(numerator: Tensor, denominator: int) -> Tensor:

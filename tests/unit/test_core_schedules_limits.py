@@ -111,6 +111,20 @@ def test_a_sound_process_or_a_field_that_is_named(
         assert refusal.split(":")[0] in FIELDS
 
 
+def test_one_step_of_linear_scaled_may_erase_everything() -> None:
+    config = ScheduleConfig("linear_scaled", 1, beta_start=0.001, beta_end=0.001)
+    assert Schedule.from_config(config).betas.tolist() == [1.0]
+    with pytest.raises(ValueError, match=r"^beta_start: must be below 0\.002"):
+        replace(config, num_timesteps=2, beta_start=0.002, beta_end=0.002)
+
+
+def test_a_logit_beyond_float64_is_refused() -> None:
+    for tau in (1.0, 2.0):
+        for name, logit in (("sigmoid_start", -700.5 * tau), ("sigmoid_end", 700.5 * tau)):
+            with pytest.raises(ValueError, match=rf"^{name}: must be within ±700"):
+                replace(ScheduleConfig("sigmoid"), sigmoid_tau=tau, **{name: logit})  # type: ignore[arg-type]
+
+
 def test_most_limits_are_no_refusals() -> None:
     made = 0
     for kind, case in CASES:
