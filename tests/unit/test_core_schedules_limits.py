@@ -125,6 +125,12 @@ def test_a_logit_beyond_float64_is_refused() -> None:
                 replace(ScheduleConfig("sigmoid"), sigmoid_tau=tau, **{name: logit})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("last", [1.0 + 2.0**-52, 1.5, float("inf")])
+def test_the_last_beta_may_be_1_and_no_more(last: float) -> None:
+    with pytest.raises(ValueError, match=r"^betas: must lie between 0 and 1.*got .* at 1$"):
+        Schedule.from_betas(torch.tensor([0.5, last], dtype=torch.float64))
+
+
 def test_most_limits_are_no_refusals() -> None:
     made = 0
     for kind, case in CASES:
