@@ -23,7 +23,7 @@ from jobs import cli, common
 from pipelines import evaluate, features
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import UserError, one_line
-from pipelines.sampling import SampleSet
+from pipelines.sample_set import SampleSet
 from pipelines.storage import open_storage
 from tests.support.data import dataset_of
 from tests.support.runs import TINY
@@ -666,7 +666,7 @@ def test_an_error_crosses_processes_unchanged() -> None:
     from pipelines.checkpoints import CheckpointError
     from pipelines.dataset import DataError
     from pipelines.records import RecordError
-    from pipelines.sampling import SampleSetError
+    from pipelines.sample_set import SampleSetError
     from pipelines.storage import ObjectMissing, StorageError
     from pipelines.training import TrainingError
 

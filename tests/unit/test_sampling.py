@@ -17,26 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_core.samplers import SamplerConfig
-from pipelines import sampling
+from pipelines import sample_set as sets
 from pipelines.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from pipelines.config import Config, SampleConfig
 from pipelines.errors import UserError
 from pipelines.images import to_uint8
-from pipelines.sampling import (
-    Recipe,
-    SampleSet,
-    SampleSetError,
-    Survey,
-    UnitMaker,
-    checkpoint_config,
-    load_model,
-    make_images,
-    num_units,
-    pending_units,
-    recipe_of,
-    sample_set,
-    unit_range,
-)
+from pipelines.sample_recipe import Recipe, checkpoint_config, num_units, pending_units, recipe_of, unit_range
+from pipelines.sample_set import SampleSet, SampleSetError, Survey, sample_set
+from pipelines.sampling import UnitMaker, load_model, make_images
 from pipelines.shards import parse_index
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.training import Learner, SingleWorker
@@ -419,7 +407,7 @@ def test_a_set_that_is_whole_is_found_so_and_nothing_of_a_large_one_is_read(
     watched = WatchedStorage(place)
     assert SampleSet(watched).survey(ten) == Survey([0, 1, 2], [], finished=True)
     assert sum(watched.gets.values()) == 1 + 6
-    monkeypatch.setattr(sampling, "_READ_IN_A_MOMENT_BYTES", 100)
+    monkeypatch.setattr(sets, "_READ_IN_A_MOMENT_BYTES", 100)
     watched = WatchedStorage(place)
     assert SampleSet(watched).survey(ten) == Survey([0, 1, 2], [], finished=True)
     assert watched.gets == {"samples.json": 1}
@@ -442,7 +430,7 @@ def test_a_damaged_unit_is_found_and_made_again(
     if not complete:
         place.delete(["samples.json", "units/unit-000002.json"])
     if large:
-        monkeypatch.setattr(sampling, "_READ_IN_A_MOMENT_BYTES", 100)
+        monkeypatch.setattr(sets, "_READ_IN_A_MOMENT_BYTES", 100)
     before = found.unit(1)
     [key] = [i.key for i in place.list("shard-000001") if i.key.endswith(part)]
     hurt(place, key, damage)
