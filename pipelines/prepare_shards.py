@@ -86,7 +86,7 @@ def make_shard(recipe: Recipe, job: Job, tell: Callable[[int], None] = lambda sa
     packed = pack(samples[entry.key] for entry in plan.entries)
     storage.put(plan.key, packed.tar)
     storage.put(plan.index_key, packed.index)
-    return _row(plan, len(packed.tar), sha256(packed.tar), packed.index)
+    return _row(plan, len(packed.tar), packed.tar_sha256, packed.index)
 
 
 def _row(plan: ShardPlan, num_bytes: int, tar_sha256: str, index: bytes) -> Shard:

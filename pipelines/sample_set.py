@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pipelines.config import Config
-from pipelines.images import decode_png, encode_png
+from pipelines.images import decode_png
+from pipelines.png import encode_pngs
 from pipelines.records import (
     ObjectRecord,
     RecordError,
@@ -104,12 +105,12 @@ class SampleSet:
         numbers = unit_range(recipe, unit)
         assert len(numbers) == len(images)
         packed = pack(
-            Sample(f"{number:09d}", encode_png(image), recipe.label(number))
-            for number, image in zip(numbers, images, strict=True)
+            Sample(f"{number:09d}", image, recipe.label(number))
+            for number, image in zip(numbers, encode_pngs(images.numpy()), strict=True)
         )
         stem = f"shard-{unit:06d}-{uuid.uuid4().hex[:12]}"
         parts = ((f"{stem}.tar", packed.tar), (f"{stem}.index.parquet", packed.index))
-        shard, index = put_recorded(self.storage, parts)
+        shard, index = put_recorded(self.storage, parts, {f"{stem}.tar": packed.tar_sha256})
         commit = UnitCommit(
             format_version=FORMAT_VERSION,
             unit=unit,
