@@ -89,6 +89,8 @@ def to_uint8(x: torch.Tensor, levels: int = 256) -> torch.Tensor:
 
 def quantise(pixels: NDArray[np.uint8], levels: int) -> NDArray[np.uint8]:
     """Each byte replaced by the byte of its nearest level; the identity for 256 levels."""
+    if levels == 256:
+        return pixels
     return _byte_of_level(levels)[_level_of_byte(levels)[pixels]]
 
 

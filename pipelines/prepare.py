@@ -29,6 +29,7 @@ from pipelines.dataset import (
     shards_to_parquet,
 )
 from pipelines.errors import UserError
+from pipelines.png import PngEncoder, check_encoder
 from pipelines.prepare_shards import Job, Recipe, ShardPlan, Workers, any_colour, convert, make_shard
 from pipelines.preprocess import Preprocessing
 from pipelines.shards import sha256
@@ -57,6 +58,7 @@ def prepare(
     shard_count: int | None = None,
     samples_per_shard: int | None = None,
     seed: int = 0,
+    png_encoder: PngEncoder = "pillow",
     labels: str | None = None,
     image: str | None = None,
     label: str | None = None,
@@ -69,8 +71,9 @@ def prepare(
     to make of every image; None keeps their size, which must then be one. `channels`: 1 or 3; None takes 3 if
     any image has colour. `levels`: values a channel; None takes the source's own. A sample is held out as test
     where a hash of (seed, key) falls below `test_fraction`. `shard_count` (of the train split; test shards are
-    about as large) or `samples_per_shard` (1,024 unless said), not both. `progress(done, total)` is called as
-    samples are done. `workers` makes the shards; without it they are made here, one by one.
+    about as large) or `samples_per_shard` (1,024 unless said), not both. `png_encoder`: of images that do not keep
+    their bytes; see `pipelines.png.encode_pngs`. `progress(done, total)` is called as samples are done. `workers`
+    makes the shards; without it they are made here, one by one.
 
     Raises `UserError` on a bad option, source or image, and where `out` holds a data set that was made
     otherwise. On a bad image nothing of what was written stays.
@@ -78,7 +81,7 @@ def prepare(
     _check_options(test_fraction, shard_count, samples_per_shard)
     storage = open_storage(out)
     found = open_source(source, labels=labels, image=image, label=label)
-    preprocessing = _preprocessing(found, image_size, channels, levels, workers)
+    preprocessing = _preprocessing(found, image_size, channels, levels, png_encoder, workers)
     options = {
         "source": found.kind,
         "source_fingerprint": found.fingerprint,
@@ -185,6 +188,7 @@ def _preprocessing(
     image_size: int | None,
     channels: int | None,
     levels: int | None,
+    png_encoder: PngEncoder,
     workers: Workers | None,
 ) -> Preprocessing:
     levels = source.levels if levels is None else levels
@@ -193,9 +197,11 @@ def _preprocessing(
             # a bad option is reported before the files are looked at
             Preprocessing(image_size, 1, levels)
             channels = 3 if _in_colour(source, workers) else 1
-        return Preprocessing(image_size, channels, levels)
+        preprocessing = Preprocessing(image_size, channels, levels, png_encoder)
     except ValueError as error:
         raise UserError(str(error)) from None
+    check_encoder(png_encoder, channels, "prepare.png_encoder")
+    return preprocessing
 
 
 def _in_colour(source: Source, workers: Workers | None) -> bool:

@@ -61,9 +61,9 @@ class Job:
 
 def any_colour(reader: Reader, entries: Sequence[Entry]) -> bool:
     for entry in entries:
-        data = reader.load(entry).image
+        image = reader.load(entry).image
         try:
-            if inspect(data) == 3:
+            if inspect(image) == 3:
                 return True
         except ValueError as error:
             raise UserError(f"{entry.name}: {error}") from None

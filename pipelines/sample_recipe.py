@@ -48,9 +48,12 @@ class Recipe:
             {"labels": list(labels), "guidance_scale": self.settings.guidance_scale} if labels else {}
         )
         compiled = {"compile": True} if self.settings.compile else {}
+        encoder = self.settings.png_encoder
+        encoded = {} if encoder == "pillow" else {"png_encoder": encoder}
         return (
             conditional
             | compiled
+            | encoded
             | {
                 "format_version": FORMAT_VERSION,
                 "checkpoint": self.checkpoint_identity,

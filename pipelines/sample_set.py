@@ -104,9 +104,10 @@ class SampleSet:
         """
         numbers = unit_range(recipe, unit)
         assert len(numbers) == len(images)
+        files = encode_pngs(images.numpy(), recipe.settings.png_encoder)
         packed = pack(
             Sample(f"{number:09d}", image, recipe.label(number))
-            for number, image in zip(numbers, encode_pngs(images.numpy()), strict=True)
+            for number, image in zip(numbers, files, strict=True)
         )
         stem = f"shard-{unit:06d}-{uuid.uuid4().hex[:12]}"
         parts = ((f"{stem}.tar", packed.tar), (f"{stem}.index.parquet", packed.index))

@@ -14,6 +14,7 @@ from pipelines.checkpoints import Checkpoint, open_checkpoint
 from pipelines.compiled import compile_frozen
 from pipelines.errors import UserError
 from pipelines.images import to_uint8
+from pipelines.png import check_encoder
 from pipelines.sample_recipe import Recipe, checkpoint_config, unit_range
 from pipelines.sample_set import SampleSet
 from pipelines.storage import open_storage
@@ -62,6 +63,8 @@ class UnitMaker:
         self._recipe = recipe
         self._set = SampleSet(open_storage(set_uri))
         self._device = torch.device(device)
+        # before an hour of work, not behind it
+        check_encoder(recipe.settings.png_encoder, recipe.shape[0], "sample.png_encoder")
         checkpoint = open_checkpoint(recipe.checkpoint)
         if checkpoint.identity != recipe.checkpoint_identity:
             raise UserError(f"{recipe.checkpoint}: was replaced by another checkpoint meanwhile")

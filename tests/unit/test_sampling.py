@@ -296,6 +296,24 @@ def place(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "set"))
 
 
+def test_another_encoder_makes_another_set_of_the_same_pixels(tmp_path: Path, config: Config) -> None:
+    draw = np.random.default_rng(0)
+    images = torch.from_numpy(draw.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8))
+    names = set()
+    for encoder in ("pillow", "fpng"):
+        settings = config.sample.model_copy(update={"png_encoder": encoder, "count": 4})
+        made = Recipe("tiny", "c", "i", config.sampler, settings, (3, 8, 8), 256)
+        # sets from before there was a choice keep their names
+        assert made.identity().get("png_encoder") == (None if encoder == "pillow" else "fpng")
+        names.add(made.set_name())
+        found = SampleSet(open_storage(str(tmp_path / encoder)))
+        commit = found.write_unit(made, 0, images)
+        assert (b"fdEC" in found.storage.get(commit.shard.key)) == (encoder == "fpng")
+        found.finish(made)
+        assert np.array_equal(np.stack([image for _, image in found.images()]), images.numpy())
+    assert len(names) == 2
+
+
 @pytest.fixture
 def ten(config: Config) -> Recipe:
     return Recipe("tiny", "c", "i", config.sampler, config.sample, (1, 8, 8), 256)
