@@ -210,10 +210,17 @@ STEPS = ("--set", "train.steps=2", "--set", "train.eval_every=2")
             "(or https://HOST/PREFIX, to read from), not ftp://",
         ),
         (("prepare", "nowhere", "--config", "digits.yaml", "--out", "x"), "nowhere"),
-        (("submit", "prepare", "--config", "digits.yaml"), "ddpm submit: submit prepare: SOURCE is missing"),
+        (
+            ("submit", "prepare", "--config", "digits.yaml"),
+            "ddpm submit: submit prepare: the following arguments are required: SOURCE; see `ddpm prepare --help`",
+        ),
         (
             ("submit", "train", "digits", "--config", "digits.yaml"),
-            "ddpm submit: submit train: takes no SOURCE, got 'digits'",
+            "ddpm submit: submit train: unrecognized arguments: digits; see `ddpm train --help`",
+        ),
+        (
+            ("submit", "sample", "--config", "digits.yaml", "--local"),
+            "ddpm submit: submit sample: takes no --local: the job runs on the cluster",
         ),
         (("up", "--num-cpus", "0"), "ddpm up: --num-cpus 0: must be at least 1"),
     ],
