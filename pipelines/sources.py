@@ -114,7 +114,8 @@ def open_source(
         from pipelines.source_numpy import open_arrays
 
         return open_arrays(Path(source).expanduser(), labels, image, label)
-    from pipelines.source_files import find, folder, open_zip
+    from pipelines.source_files import folder, open_zip
+    from pipelines.source_find import find
 
     found = find(source)
     if found.kind == "tar":

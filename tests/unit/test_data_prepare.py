@@ -20,7 +20,8 @@ from pipelines import prepare as module
 from pipelines.dataset import Dataset
 from pipelines.decode import decode
 from pipelines.errors import UserError
-from pipelines.prepare import plan_shards, prepare
+from pipelines.prepare import prepare
+from pipelines.prepare_plan import plan_shards
 from pipelines.shards import parse_index, sha256
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, StorageError, open_storage

@@ -16,7 +16,8 @@ import pytest
 from pipelines import prepare as module
 from pipelines.errors import UserError
 from pipelines.images import encode_png
-from pipelines.prepare import plan_shards, prepare
+from pipelines.prepare import prepare
+from pipelines.prepare_plan import plan_shards
 from pipelines.shards import Sample, pack
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, StorageError, open_storage
