@@ -104,8 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging()
     try:
         command = arguments.command
-        options = command_parser(command).parse_args(rest)
-        return int(module_of(command).run(options) or 0)
+        module, found = module_of(command), command_parser(command)
+        options = module.parse(found, rest) if hasattr(module, "parse") else found.parse_args(rest)
+        return int(module.run(options) or 0)
     except UserError as error:
         for mistake in str(error).splitlines():
             print(f"ddpm {arguments.command}: {mistake}", file=sys.stderr)

@@ -15,7 +15,8 @@ from jobs import common, sample
 if TYPE_CHECKING:
     from pipelines.config import Config
     from pipelines.evaluate import Finished
-    from pipelines.sampling import Recipe, SampleSet
+    from pipelines.sample_recipe import Recipe
+    from pipelines.sample_set import SampleSet
     from pipelines.storage import Storage
     from pipelines.train import Run
 

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ddpm_core.schedules import Schedule
     from pipelines.checkpoints import open_checkpoint
     from pipelines.diffusers_format import check_target, export_pipeline, sampling_of
-    from pipelines.sampling import checkpoint_config
+    from pipelines.sample_recipe import checkpoint_config
 
     folder = Path(arguments.out).expanduser()
     check_target(folder)  # before the work whose result it gets

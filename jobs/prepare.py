@@ -107,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 out,
                 samples_per_shard=settings.samples_per_shard,
+                png_encoder=settings.png_encoder,
                 labels=arguments.labels,
                 **chosen,
             )

@@ -11,7 +11,8 @@ from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-    from pipelines.sampling import Recipe, SampleSet
+    from pipelines.sample_recipe import Recipe
+    from pipelines.sample_set import SampleSet
 
 DESCRIPTION = """\
 Make sample.count images with a checkpoint, as WebDataset shards with a Parquet index.
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from pipelines.sampling import pending_units
+    from pipelines.sample_recipe import pending_units
 
     recipe, found = locate(config)
     survey = found.survey(recipe, thorough=arguments.check)
@@ -68,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
 def locate(config: Config) -> tuple[Recipe, SampleSet]:
     """The recipe that a configuration names, and the place of its set."""
     from pipelines.checkpoints import open_checkpoint, select
-    from pipelines.sampling import recipe_of, sample_set
+    from pipelines.sample_recipe import recipe_of
+    from pipelines.sample_set import sample_set
     from pipelines.train import open_run
 
     run = open_run(config)
@@ -83,7 +85,7 @@ def locate(config: Config) -> tuple[Recipe, SampleSet]:
 
 
 def _numbers(recipe: Recipe, unit: int) -> range:
-    from pipelines.sampling import unit_range
+    from pipelines.sample_recipe import unit_range
 
     return unit_range(recipe, unit)
 

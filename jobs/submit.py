@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from collections.abc import Sequence
+from typing import NoReturn
 
 from jobs import common, submission
 from pipelines.errors import UserError
@@ -11,7 +14,8 @@ JOBS = ("prepare", "train", "tune", "sample", "evaluate")
 
 DESCRIPTION = """\
 Run a job on a Ray cluster through its Jobs API.  The configuration and this program's own code travel along;
-endpoints and credentials do not: the cluster has its own.
+endpoints and credentials do not: the cluster has its own.  Behind JOB stands what `ddpm JOB` takes (see its
+--help), but for --local; files and folders are named as the cluster sees them.
 
 Submitting is safe to repeat: while the same job of the same run is under way, it is attached to, and after
 that the next attempt goes on from the last commit: at once, if the one attached to had other settings.  Ctrl-C
@@ -21,6 +25,7 @@ leaves the job running.
 EPILOG = """\
 examples:
   ddpm submit train --config digits.yaml
+  ddpm submit prepare s3://bucket/raw --config my.yaml --image img --label fine_label
   ddpm submit train --config my.yaml --set workers.num=16 --address http://head:8265 --no-wait
   ddpm submit sample --config my.yaml --set sample.count=50000
 
@@ -31,21 +36,48 @@ beside it: ddpm list, ddpm status ID, ddpm logs ID --follow, ddpm stop ID.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="of prepare: as the cluster sees it")
     common.add_config_arguments(parser)
     common.add_dashboard_argument(parser)
     parser.add_argument("--no-wait", action="store_true", help="submit and return; do not follow its log")
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of `ddpm submit`.
+
+    `argv` of the result is the part that is the job's own, checked by the job's parser: so whatever a job takes
+    travels to it.
+    """
+    arguments, own_argv = parser.parse_known_args(argv)
+    arguments.argv = own_argv
+    own = _Own(arguments.job)
+    own.module.add_arguments(own)
+    # the configuration travels by itself, and the job finds the cluster that it runs on
+    chosen = own.parse_args([*arguments.argv, "--config", arguments.config])
+    if getattr(chosen, "local", False):
+        raise UserError(f"submit {arguments.job}: takes no --local: the job runs on the cluster")
+    if getattr(chosen, "out", None):
+        from pipelines.storage import absolute
+
+        # a folder means one of this process, as in the configuration; of two the last one counts
+        arguments.argv += ["--out", absolute(chosen.out)]
+    return arguments
+
+
+class _Own(argparse.ArgumentParser):
+    """The parser of a job, whose mistakes are ours."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(prog=f"ddpm submit {job}", add_help=False, allow_abbrev=False)
+        self.module = importlib.import_module(f"jobs.{job}")
+        self._job = job
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"submit {self._job}: {message}; see `ddpm {self._job} --help`")
+
+
 def run(arguments: argparse.Namespace) -> int:
     common.use_local_stack(arguments.address)
     config = common.config_of(arguments)
-    if (arguments.job == "prepare") != (arguments.source is not None):
-        raise UserError(
-            "submit prepare: SOURCE is missing"
-            if arguments.job == "prepare"
-            else f"submit {arguments.job}: takes no SOURCE, got {arguments.source!r}"
-        )
     from pipelines.config import digest
 
     # not in the name is where and how long it runs: while a run trains, nobody else may train it
@@ -57,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     def submit() -> submission.Submission:
         return submission.submit(
             arguments.job,
-            [arguments.source] if arguments.source else [],
+            arguments.argv,
             config.to_yaml(),
             address=arguments.address,
             run=f"{config.name}-{identity}",

@@ -24,6 +24,7 @@ from ddpm_core.schedules import ScheduleConfig
 from ddpm_core.unet import UNetConfig
 from pipelines import config_checks
 from pipelines.errors import UserError, one_line
+from pipelines.png import PngEncoder
 from pipelines.precision import Precision
 from pipelines.telling import validated
 
@@ -78,6 +79,8 @@ class PrepareConfig(Section):
     samples_per_shard: Positive = 1000
     levels: Annotated[int, Field(ge=2, le=256)] | None = None
     """Values a channel, which is how many bins the bound's decoder has; none takes the source's own."""
+    png_encoder: PngEncoder = "pillow"
+    """Who writes images that do not keep their bytes; fpng is many times faster, and its files are larger."""
 
 
 class OptimizerConfig(Section):
@@ -181,6 +184,8 @@ class SampleConfig(Section):
     """Classifier-free guidance: 1 asks for the class, 0 for none, above 1 exaggerates it."""
     compile: bool = False
     """Compile the network first, which pays for many images; its rounding makes it another set."""
+    png_encoder: PngEncoder = "pillow"
+    """As of `prepare`; other bytes are another set."""
 
     @model_validator(mode="after")
     def _whole_batches(self) -> SampleConfig:

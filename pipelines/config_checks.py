@@ -19,6 +19,7 @@ def mistakes(config: Config) -> list[str]:
         *_end_of_the_chain(config),
         *_variance(config),
         *_classes(config),
+        *_encoder(config),
     ]
 
 
@@ -89,3 +90,12 @@ def _classes(config: Config) -> list[str]:
     if not wrong:
         return []
     return [f"sample.labels: must lie in 0..{num_classes} ({num_classes} means no class), got {wrong[0]}"]
+
+
+def _encoder(config: Config) -> list[str]:
+    if config.sample.png_encoder == "pillow" or config.model.in_channels == 3:
+        return []
+    return [
+        f"sample.png_encoder: must be pillow for images that are not RGB (model.in_channels "
+        f"{config.model.in_channels}), got {config.sample.png_encoder!r}"
+    ]

@@ -9,7 +9,6 @@ simplejpeg and Pillow let other threads run while they decode, pyspng does not.
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from functools import lru_cache
@@ -17,20 +16,31 @@ from functools import lru_cache
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
 from pyspng import _pyspng_c as spng
 
-from pipelines.errors import one_line
-from pipelines.images import PNG_SIGNATURE, decode_png
+from pipelines.images import JPEG_SIGNATURE, decode_image
+from pipelines.png import PNG_SIGNATURE
 
-JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _HEADER_BYTES = 33
 _SPNG_FORMAT = {1: spng.SPNG_FMT_G8, 3: spng.SPNG_FMT_RGB8}
 _PNG_COLOUR_TYPE = {1: 0, 3: 2}
-# chunks that stand beside the pixels and change none of them
+# chunks that stand beside the pixels and change none of them; fdEC is fpng's mark of its own files
 _HARMLESS = frozenset(
-    (b"sRGB", b"gAMA", b"cHRM", b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"tIME", b"iCCP", b"bKGD", b"eXIf")
+    (
+        b"sRGB",
+        b"gAMA",
+        b"cHRM",
+        b"pHYs",
+        b"tEXt",
+        b"zTXt",
+        b"iTXt",
+        b"tIME",
+        b"iCCP",
+        b"bKGD",
+        b"eXIf",
+        b"fdEC",
+    )
 )
 _JPEG_SPACES = {1: {"Gray": "GRAY"}, 3: {"YCbCr": "RGB", "RGB": "RGB"}}
 # the mark of a file that holds several pictures (MPO)
@@ -70,24 +80,7 @@ def decode_reference(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uin
     Raises `ValueError` with the reason unless it is one still image, a PNG of 8-bit grey or RGB or a JPEG of grey
     or RGB, of just this shape. The header is compared first, so that a file that claims a huge size costs nothing.
     """
-    if not data.startswith(JPEG_SIGNATURE):
-        return decode_png(data, shape)
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            found = (len(picture.getbands()), picture.height, picture.width)
-            pictures = getattr(picture, "n_frames", 1)
-            if picture.mode not in ("L", "RGB") or pictures != 1:
-                raise ValueError(
-                    f"a JPEG of mode {picture.mode} with {pictures} pictures, not one of grey or RGB"
-                )
-            if found != tuple(shape):
-                raise ValueError(f"an image of shape {list(found)}, not {list(shape)}")
-            pixels = np.asarray(picture)
-    except ValueError:
-        raise
-    except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
-        raise ValueError(f"a broken JPEG ({one_line(error, 120)})") from None
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return decode_image(data, shape)
 
 
 def _fast_jpeg(data: bytes, out: NDArray[np.uint8]) -> bool:

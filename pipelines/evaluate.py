@@ -39,7 +39,9 @@ from pipelines.records import (
     read_checked,
     read_record,
 )
-from pipelines.sampling import Recipe, SampleSet, checkpoint_config, load_model
+from pipelines.sample_recipe import Recipe, checkpoint_config
+from pipelines.sample_set import SampleSet
+from pipelines.sampling import load_model
 from pipelines.storage import ObjectMissing, Storage, open_storage
 from pipelines.tracking import History
 from pipelines.train import held_out_bound

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from pipelines.errors import one_line
+from pipelines.png import PNG_SIGNATURE, PngEncoder, encode_pngs
+
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 # PNG's colour types for which Pillow gives the modes L and RGB, with the number of channels of each
 _CHANNELS_OF_COLOUR_TYPE = {0: 1, 2: 3}
@@ -87,23 +89,14 @@ def to_uint8(x: torch.Tensor, levels: int = 256) -> torch.Tensor:
 
 def quantise(pixels: NDArray[np.uint8], levels: int) -> NDArray[np.uint8]:
     """Each byte replaced by the byte of its nearest level; the identity for 256 levels."""
+    if levels == 256:
+        return pixels
     return _byte_of_level(levels)[_level_of_byte(levels)[pixels]]
 
 
-def encode_png(image: NDArray[np.uint8] | torch.Tensor) -> bytes:
-    """The PNG file of one image, uint8 `[C, H, W]` with C = 1 (grey) or 3 (RGB).
-
-    The same pixels give the same bytes on one installation (another zlib may compress otherwise).
-    """
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
-        raise ValueError(f"image: must be uint8 [1 or 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
-    picture = Image.fromarray(
-        np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-    )
-    with io.BytesIO() as file:
-        picture.save(file, format="PNG")
-        return file.getvalue()
+def encode_png(image: NDArray[np.uint8] | torch.Tensor, encoder: PngEncoder = "pillow") -> bytes:
+    """The PNG file of one image, uint8 `[C, H, W]`; of many, `pipelines.png.encode_pngs` is faster."""
+    return encode_pngs(np.asarray(image)[None], encoder)[0]
 
 
 def png_header(data: bytes) -> tuple[int, int, int, int]:
@@ -143,7 +136,7 @@ def _pixels(data: bytes, kind: str) -> NDArray[np.uint8]:
     except ValueError:
         raise
     except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
-        raise ValueError(f"a broken {kind} ({error})") from None
+        raise ValueError(f"a broken {kind} ({one_line(error, 120)})") from None
 
 
 def decode_jpeg(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -164,7 +157,7 @@ def _jpeg_shape(data: bytes) -> tuple[int, int, int]:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             mode, (width, height), frames = picture.mode, picture.size, getattr(picture, "n_frames", 1)
     except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
-        raise ValueError(f"a broken JPEG ({error})") from None
+        raise ValueError(f"a broken JPEG ({one_line(error, 120)})") from None
     if mode not in ("L", "RGB") or frames != 1:
         raise ValueError(f"a JPEG of mode {mode} with {frames} images, not one grey or RGB image")
     return (1 if mode == "L" else 3, height, width)

@@ -12,11 +12,13 @@ from urllib.parse import quote, unquote
 from pipelines.dataset import Dataset, Shard
 from pipelines.errors import UserError, printable
 from pipelines.images import check_levels, stored_shape
-from pipelines.prepare import Progress, claim, commit, finished, keyed_hash
+from pipelines.prepare import Progress
+from pipelines.prepare_commit import claim, commit, finished
+from pipelines.prepare_plan import keyed_hash
 from pipelines.prepare_shards import Workers
 from pipelines.preprocess import check_plain
 from pipelines.shards import crc32c, index_of, sha256
-from pipelines.source_files import find, read_object
+from pipelines.source_find import find, read_object
 from pipelines.source_tar import LABEL_EXTENSION, list_tar
 from pipelines.sources import fingerprint, number_labels, warn_passed_over
 from pipelines.storage import Storage, open_storage

@@ -1,47 +1,29 @@
 """From images to a data set: plan, claim the prefix, write the shards, commit.
 
 Everything follows from (source, options), so whoever comes second, after a kill or at the same time, writes
-the same objects, on however many workers. `preparation.json`, put first and once, says for which source and
-options a prefix is taken; `dataset.json`, put last and once, makes the data set visible.
+the same objects, on however many workers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from typing import Any
 
-from pipelines.dataset import (
-    FORMAT,
-    RECORD_KEY,
-    SHARDS_KEY,
-    SPLITS,
-    VERSION,
-    Dataset,
-    Shard,
-    canonical_json,
-    load_from,
-    shards_to_parquet,
-)
+from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
 from pipelines.errors import UserError
+from pipelines.png import PngEncoder, check_encoder
+from pipelines.prepare_commit import claim, commit, discard, finished, incomplete
+from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, plan_shards
 from pipelines.prepare_shards import Job, Recipe, ShardPlan, Workers, any_colour, convert, make_shard
 from pipelines.preprocess import Preprocessing
-from pipelines.shards import sha256
-from pipelines.sources import Entry, Source, open_source
-from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
+from pipelines.sources import Source, open_source
+from pipelines.storage import Storage, StorageError, open_storage
 
 log = logging.getLogger(__name__)
 
-CLAIM_KEY = "preparation.json"
-DEFAULT_SAMPLES_PER_SHARD = 1024
 Progress = Callable[[int, int], None]
-# of groups that are read as a whole, so many shards' worth are mixed; each is read for as many shards
-_SHARDS_A_WINDOW = 8
 # images of one task that looks for colour
 _IMAGES_A_LOOK = 64
 
@@ -57,6 +39,7 @@ def prepare(
     shard_count: int | None = None,
     samples_per_shard: int | None = None,
     seed: int = 0,
+    png_encoder: PngEncoder = "pillow",
     labels: str | None = None,
     image: str | None = None,
     label: str | None = None,
@@ -69,8 +52,9 @@ def prepare(
     to make of every image; None keeps their size, which must then be one. `channels`: 1 or 3; None takes 3 if
     any image has colour. `levels`: values a channel; None takes the source's own. A sample is held out as test
     where a hash of (seed, key) falls below `test_fraction`. `shard_count` (of the train split; test shards are
-    about as large) or `samples_per_shard` (1,024 unless said), not both. `progress(done, total)` is called as
-    samples are done. `workers` makes the shards; without it they are made here, one by one.
+    about as large) or `samples_per_shard` (1,024 unless said), not both. `png_encoder`: of images that do not keep
+    their bytes; see `pipelines.png.encode_pngs`. `progress(done, total)` is called as samples are done. `workers`
+    makes the shards; without it they are made here, one by one.
 
     Raises `UserError` on a bad option, source or image, and where `out` holds a data set that was made
     otherwise. On a bad image nothing of what was written stays.
@@ -78,7 +62,7 @@ def prepare(
     _check_options(test_fraction, shard_count, samples_per_shard)
     storage = open_storage(out)
     found = open_source(source, labels=labels, image=image, label=label)
-    preprocessing = _preprocessing(found, image_size, channels, levels, workers)
+    preprocessing = _preprocessing(found, image_size, channels, levels, png_encoder, workers)
     options = {
         "source": found.kind,
         "source_fingerprint": found.fingerprint,
@@ -101,73 +85,12 @@ def prepare(
     except UserError:
         # another process may have finished the same data set meanwhile
         if not storage.exists(RECORD_KEY):
-            _discard(storage, plans)
+            discard(storage, plans)
         raise
     commit(storage, found.name, shape, preprocessing.levels, found.classes, options, shards)
     dataset = finished(storage, options)
     assert dataset is not None
     return dataset
-
-
-def plan_shards(
-    entries: Iterable[Entry],
-    seed: int,
-    test_fraction: float,
-    shard_count: int | None = None,
-    samples_per_shard: int | None = None,
-) -> list[ShardPlan]:
-    """Which sample goes where. A sample's split is decided by its own key alone, so that it stays when
-    others come and go; within a split samples lie in the order of a second hash, which mixes the classes
-    over the shards. Where samples come in groups that are read as a whole, groups are taken in the order of a
-    hash, as many as make some shards, and their samples are mixed: every shard then reads few of the groups.
-
-    Raises `UserError` if a split would be empty, or would have more shards than samples.
-    """
-    members: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-    for entry in entries:
-        held_out = keyed_hash(seed, "split", entry.key) < test_fraction * 2**64
-        members["test" if held_out else "train"].append(entry)
-    total = sum(len(chosen) for chosen in members.values())
-    for split, chosen in members.items():
-        if not chosen:
-            raise UserError(
-                f"test_fraction: {test_fraction} of {total} images leaves the {split} split empty: "
-                "change it, or give more images"
-            )
-    num_train = len(members["train"])
-    if shard_count is not None and shard_count > num_train:
-        raise UserError(f"shard_count: {shard_count} shards are more than the {num_train} train samples")
-    size = -(-num_train // shard_count) if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD
-    plans = []
-    for split, chosen in members.items():
-        window_of = _windows(chosen, seed, size * _SHARDS_A_WINDOW)
-        chosen.sort(
-            key=lambda entry: (window_of[entry.group], keyed_hash(seed, "shard", entry.key), entry.key)
-        )
-        count = shard_count if shard_count and split == "train" else -(-len(chosen) // size)
-        for number in range(count):
-            piece = chosen[number * len(chosen) // count : (number + 1) * len(chosen) // count]
-            stem = f"{split}/shard-{number:06d}"
-            plans.append(ShardPlan(split, f"{stem}.tar", f"{stem}.index.parquet", tuple(piece)))
-    return plans
-
-
-def _windows(entries: Iterable[Entry], seed: int, least: int) -> dict[str, int]:
-    """The window of each group; a window is of at least so many samples, the last one perhaps of fewer."""
-    counts = Counter(entry.group for entry in entries)
-    windows, window, filled = {}, 0, 0
-    for group in sorted(counts, key=lambda group: (keyed_hash(seed, "group", group), group)):
-        windows[group] = window
-        filled += counts[group]
-        if filled >= least:
-            window, filled = window + 1, 0
-    return windows
-
-
-def keyed_hash(seed: int, purpose: str, key: str) -> int:
-    """64 bits that depend on (seed, purpose, key) alone: BLAKE2b."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _check_options(test_fraction: float, shard_count: int | None, samples_per_shard: int | None) -> None:
@@ -185,6 +108,7 @@ def _preprocessing(
     image_size: int | None,
     channels: int | None,
     levels: int | None,
+    png_encoder: PngEncoder,
     workers: Workers | None,
 ) -> Preprocessing:
     levels = source.levels if levels is None else levels
@@ -193,9 +117,11 @@ def _preprocessing(
             # a bad option is reported before the files are looked at
             Preprocessing(image_size, 1, levels)
             channels = 3 if _in_colour(source, workers) else 1
-        return Preprocessing(image_size, channels, levels)
+        preprocessing = Preprocessing(image_size, channels, levels, png_encoder)
     except ValueError as error:
         raise UserError(str(error)) from None
+    check_encoder(png_encoder, channels, "prepare.png_encoder")
+    return preprocessing
 
 
 def _in_colour(source: Source, workers: Workers | None) -> bool:
@@ -208,67 +134,6 @@ def _in_colour(source: Source, workers: Workers | None) -> bool:
     )
     with contextlib.closing(workers(partial(any_colour, source.reader), pieces)) as looks:
         return any(colour for _, colour in looks)
-
-
-def finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
-    """The data set that stands there, or None; `UserError` if it was made of another source or otherwise."""
-    if not (storage.exists(RECORD_KEY) and storage.exists(SHARDS_KEY)):
-        return None
-    dataset = load_from(storage)
-    _check_same(storage, dataset.record.get("preparation", {}), options)
-    return dataset
-
-
-def incomplete(dataset: Dataset) -> list[str]:
-    """The objects of a data set that are missing or of another size, by one listing a split; a phrase each.
-
-    A change of bytes is not seen; `ddpm verify` reads them.
-    """
-    damage = []
-    for split, shards in dataset.splits.items():
-        sizes = {info.key: info.num_bytes for info in dataset.storage.list(f"{split}/")}
-        for shard in shards:
-            if "://" in shard.key:
-                continue  # a tar that stays elsewhere
-            if sizes.get(shard.key) != shard.num_bytes:
-                damage.append(f"{dataset.uri_of(shard)} is missing or not {shard.num_bytes} bytes long")
-            if shard.index_key not in sizes:
-                damage.append(f"{dataset.uri}/{shard.index_key} is missing")
-    return damage
-
-
-def claim(storage: Storage, options: Mapping[str, Any]) -> None:
-    """Take the prefix for this source and these options, or find that it is taken for just them."""
-    claim = canonical_json(options)
-    try:
-        taken = storage.get(CLAIM_KEY)
-    except ObjectMissing:
-        for split in SPLITS:
-            for there in storage.list(f"{split}/")[:1]:
-                raise UserError(
-                    f"{storage.uri}/{there.key}: is in the way, and belongs to no data set of this program: "
-                    "choose another --out"
-                ) from None
-        taken = claim if storage.put_if_absent(CLAIM_KEY, claim) else storage.get(CLAIM_KEY)
-    try:
-        _check_same(storage, dict(json.loads(taken)), options)
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"
-        ) from None
-
-
-def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    names = sorted({*there, *asked})
-    differing = [name for name in names if there.get(name) != asked.get(name)]
-    if differing:
-        what = ", ".join(
-            f"{name} ({there.get(name)} there, {asked.get(name)} asked for)" for name in differing
-        )
-        raise UserError(
-            f"{storage.uri}: holds a data set that was prepared otherwise: {what}; "
-            "prepare it the same way, or choose another --out"
-        )
 
 
 def _write_shards(
@@ -318,40 +183,3 @@ def _check_arrived(storage: Storage, shards: Iterable[Shard]) -> None:
                 f"{storage.uri}/{shard.key}: was written by a worker and is not to be seen here: write to S3 or to "
                 "a folder that all machines share, or prepare in this process (--local)"
             )
-
-
-def commit(
-    storage: Storage,
-    name: str,
-    shape: tuple[int, int, int],
-    levels: int,
-    classes: tuple[str, ...],
-    options: Mapping[str, Any],
-    shards: list[Shard],
-) -> None:
-    """Put the list of shards, then the record, which makes the data set visible."""
-    listing = shards_to_parquet(shards)
-    storage.put(SHARDS_KEY, listing)
-    splits = {}
-    for split in SPLITS:
-        chosen = [shard for shard in shards if shard.split == split]
-        splits[split] = {"count": sum(shard.count for shard in chosen), "shards": len(chosen)}
-    record = {
-        "format": FORMAT,
-        "version": VERSION,
-        "name": name,
-        "shape": list(shape),
-        "levels": levels,
-        "classes": list(classes),
-        "splits": splits,
-        "preparation": dict(options),
-        "shards_sha256": sha256(listing),
-    }
-    # whoever is second made the same record, which `prepare` then reads
-    storage.put_if_absent(RECORD_KEY, json.dumps(record, indent=2, ensure_ascii=False).encode())
-
-
-def _discard(storage: Storage, plans: list[ShardPlan]) -> None:
-    keys = [key for plan in plans for key in (plan.index_key, plan.key)]
-    with contextlib.suppress(StorageError):
-        storage.delete([*keys, CLAIM_KEY])

@@ -61,9 +61,9 @@ class Job:
 
 def any_colour(reader: Reader, entries: Sequence[Entry]) -> bool:
     for entry in entries:
-        data = reader.load(entry).image
+        image = reader.load(entry).image
         try:
-            if inspect(data) == 3:
+            if inspect(image) == 3:
                 return True
         except ValueError as error:
             raise UserError(f"{entry.name}: {error}") from None
@@ -86,7 +86,7 @@ def make_shard(recipe: Recipe, job: Job, tell: Callable[[int], None] = lambda sa
     packed = pack(samples[entry.key] for entry in plan.entries)
     storage.put(plan.key, packed.tar)
     storage.put(plan.index_key, packed.index)
-    return _row(plan, len(packed.tar), sha256(packed.tar), packed.index)
+    return _row(plan, len(packed.tar), packed.tar_sha256, packed.index)
 
 
 def _row(plan: ShardPlan, num_bytes: int, tar_sha256: str, index: bytes) -> Shard:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines.errors import one_line
 from pipelines.images import check_levels, decode_image, encode_png, quantise
+from pipelines.png import PngEncoder
 
 EXIF_ORIENTATION = 0x0112
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -27,11 +28,14 @@ _TIFF_BITS_PER_SAMPLE = 258
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """`image_size`: side of the square to make, or None to keep the images' own size. `channels`: 1 or 3."""
+    """`image_size`: side of the square to make, or None to keep the images' own size. `channels`: 1 or 3.
+    `png_encoder`: who writes the images that do not keep their bytes.
+    """
 
     image_size: int | None
     channels: int
     levels: int = 256
+    png_encoder: PngEncoder = "pillow"
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -48,28 +52,41 @@ class Preprocessing:
             "levels": self.levels,
             "crop": "none" if self.image_size is None else "centre square",
             "filter": "none" if self.image_size is None else "lanczos",
+            # data sets from before there was a choice keep their identity
+            **({} if self.png_encoder == "pillow" else {"png_encoder": self.png_encoder}),
         }
 
-    def apply(self, data: bytes) -> tuple[bytes, tuple[int, int, int]]:
-        """The PNG or JPEG to store for this image file, and its shape (C, H, W).
+    def apply(self, image: bytes | NDArray[np.uint8]) -> tuple[bytes, tuple[int, int, int]]:
+        """The PNG or JPEG to store for this image file or these pixels (uint8 `[1 or 3, H, W]`), and its shape
+        (C, H, W).
 
         Raises `ValueError` with the reason where no right image can be made: no image, cut short, animated,
         more than 8 bits a channel, transparent pixels, or more pixels than Pillow's limit.
         """
-        with _open(data) as picture:
+        if not isinstance(image, bytes):
+            rows = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            picture = Image.fromarray(np.ascontiguousarray(rows))
+            return self._encoded(self._pixels(self._resized(self._converted(picture))))
+        with _open(image) as picture:
             file_format = picture.format
             upright = picture.getexif().get(EXIF_ORIENTATION, 1) == 1
             plain = picture.mode == self._mode and "transparency" not in picture.info
             converted = self._converted(picture)
             resized = self._resized(converted)
-        array = np.asarray(resized)
-        pixels: NDArray[np.uint8] = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        stored = quantise(pixels, self.levels)
-        shape = (stored.shape[0], stored.shape[1], stored.shape[2])
-        untouched = upright and plain and resized.size == converted.size and np.array_equal(stored, pixels)
-        if file_format in ("PNG", "JPEG") and untouched and _shows(data, stored):
-            return data, shape
-        return encode_png(stored), shape
+        stored = self._pixels(resized)
+        untouched = upright and plain and resized.size == converted.size
+        # a file that shows other pixels than those on their levels shows it here
+        if file_format in ("PNG", "JPEG") and untouched and _shows(image, stored):
+            return image, stored.shape
+        return self._encoded(stored)
+
+    def _pixels(self, picture: Image.Image) -> NDArray[np.uint8]:
+        array = np.asarray(picture)
+        return quantise(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), self.levels)
+
+    def _encoded(self, stored: NDArray[np.uint8]) -> tuple[bytes, tuple[int, int, int]]:
+        channels, height, width = stored.shape
+        return encode_png(stored, self.png_encoder), (channels, height, width)
 
     @property
     def _mode(self) -> str:
@@ -97,11 +114,13 @@ class Preprocessing:
         return square.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
 
 
-def inspect(data: bytes) -> int:
-    """The channels that this image file calls for: 1 for a grey one, else 3. Raises `ValueError` like
-    `apply`.
+def inspect(image: bytes | NDArray[np.uint8]) -> int:
+    """The channels that this image file, or these pixels, call for: 1 for a grey one, else 3. Raises `ValueError`
+    like `apply`.
     """
-    with _open(data, decode=False) as picture:
+    if not isinstance(image, bytes):
+        return len(image)
+    with _open(image, decode=False) as picture:
         return 1 if picture.mode in _GREY_MODES else 3
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -75,13 +75,18 @@ def read_checked(storage: Storage, record: ObjectRecord, error: type[RecordError
     return data
 
 
-def put_recorded(storage: Storage, parts: Iterable[tuple[str, bytes]]) -> list[ObjectRecord]:
-    """Write these objects (key, bytes) and return their records; where one fails, none is left behind."""
+def put_recorded(
+    storage: Storage, parts: Iterable[tuple[str, bytes]], hashes: Mapping[str, str] | None = None
+) -> list[ObjectRecord]:
+    """Write these objects (key, bytes) and return their records; where one fails, none is left behind.
+
+    `hashes`: SHA-256 of objects, by key, of which it is known already.
+    """
     written: list[ObjectRecord] = []
     try:
         for key, data in parts:
             storage.put(key, data)
-            digest = hashlib.sha256(data).hexdigest()
+            digest = (hashes or {}).get(key) or hashlib.sha256(data).hexdigest()
             written.append(ObjectRecord(key=key, num_bytes=len(data), sha256=digest))
     except BaseException:
         discard(storage, written)

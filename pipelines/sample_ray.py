@@ -13,7 +13,8 @@ from ray.exceptions import RayError
 
 from pipelines.config import WorkersConfig
 from pipelines.errors import UserError, one_line
-from pipelines.sampling import Recipe, UnitMaker
+from pipelines.sample_recipe import Recipe
+from pipelines.sampling import UnitMaker
 
 log = logging.getLogger(__name__)
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from webdataset.writer import TarWriter
 
 from pipelines.images import extension_of
+from pipelines.tar_writing import tar_of
 
 INDEX_VERSION = 1
-_BLOCK_BYTES = 512
 _VERSION_KEY = b"ddpm.index_version"
 _TAR_SHA256_KEY = b"ddpm.tar_sha256"
 _TAR_BYTES_KEY = b"ddpm.tar_num_bytes"
@@ -31,9 +32,10 @@ _SCHEMA = pa.schema(
     ]
 )
 
+Columns = Mapping[str, Sequence[str | int] | NDArray[np.int64]]
 
-@dataclass(frozen=True)
-class Sample:
+
+class Sample(NamedTuple):
     """`key`: the sample's name in the tar. `image`: PNG or JPEG bytes. `label`: class number, −1 for none.
     `members`: further ones by their extension, carried as they are.
     """
@@ -41,7 +43,7 @@ class Sample:
     key: str
     image: bytes
     label: int = -1
-    members: Mapping[str, bytes] = field(default_factory=dict)
+    members: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class PackedShard:
     tar: bytes
     index: bytes
     count: int
+    tar_sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,30 +95,41 @@ def pack(samples: Iterable[Sample]) -> PackedShard:
     A sample's members are `<key>.png` or `<key>.jpg`, `<key>.cls` (the class number in decimal) if it has a
     label, and the further ones, in the order of their extensions. Raises `ValueError` as `check_members`.
     """
-    columns: dict[str, list[str | int]] = {name: [] for name in _SCHEMA.names}
-    file = io.BytesIO()
-    with TarWriter(file, encoder=False, mtime=0) as writer:
-        for sample in samples:
-            image = extension_of(sample.image)
-            check_members(sample.image, sample.label, sample.members)
-            bodies = {**sample.members, image: sample.image}
-            if sample.label >= 0:
-                bodies["cls"] = str(sample.label).encode()
-            for extension, body in sorted(bodies.items()):
-                writer.write({"__key__": sample.key, extension: body})
-                if extension == image:
-                    # a body is padded to whole blocks
-                    padded = -(-len(body) // _BLOCK_BYTES) * _BLOCK_BYTES
-                    columns["offset"].append(writer.tarstream.offset - padded)
-            columns["key"].append(sample.key)
-            columns["length"].append(len(sample.image))
-            columns["label"].append(sample.label)
-            columns["crc32c"].append(crc32c(sample.image))
-    tar = file.getvalue()
-    return PackedShard(tar, index_of(columns, sha256(tar), len(tar)), len(columns["key"]))
+    given = list(samples)
+    names: list[str] = []
+    bodies: list[bytes] = []
+    places: list[int] = []
+    for key, data, label, further in given:
+        image = extension_of(data)
+        if further:
+            check_members(data, label, further)
+            own = {image: data} if label < 0 else {image: data, "cls": b"%d" % label}
+            members = sorted({**further, **own}.items())
+            places.append(len(names) + [extension for extension, _ in members].index(image))
+            names += [f"{key}.{extension}" for extension, _ in members]
+            bodies += [body for _, body in members]
+            continue
+        if label >= 0:
+            names.append(f"{key}.cls")
+            bodies.append(b"%d" % label)
+        places.append(len(names))
+        names.append(f"{key}.{image}")
+        bodies.append(data)
+    tar, offsets = tar_of(names, bodies)
+    tar_sha256 = sha256(tar)
+    columns: Columns = {
+        "key": [sample.key for sample in given],
+        "offset": offsets[places],
+        "length": [len(sample.image) for sample in given],
+        "label": [sample.label for sample in given],
+        "crc32c": [crc32c(sample.image) for sample in given],
+    }
+    return PackedShard(tar, index_of(columns, tar_sha256, len(tar)), len(given), tar_sha256)
 
 
-def index_of(columns: Mapping[str, Sequence[str | int]], tar_sha256: str, tar_num_bytes: int) -> bytes:
+def index_of(
+    columns: Mapping[str, Sequence[str | int] | NDArray[np.int64]], tar_sha256: str, tar_num_bytes: int
+) -> bytes:
     """The index with these columns (key, offset, length, label, crc32c) of a tar of this hash and size."""
     metadata = {
         _VERSION_KEY: str(INDEX_VERSION),

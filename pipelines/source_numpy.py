@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import UserError, one_line, printable
-from pipelines.images import encode_png
 from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered
 
 _IMAGES = ("images", "image", "x", "data", "arr_0")
@@ -47,7 +46,7 @@ class _ArrayReader:
         pixels = np.asarray(self._arrays[self.images][entry.place])
         image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         members = {f"{name.lower()}.npy": _npy(self._arrays[name][entry.place]) for name in self.others}
-        return Loaded(encode_png(image), members)
+        return Loaded(image, members)
 
 
 def _npy(value: Any) -> bytes:

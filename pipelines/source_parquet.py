@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines.cache import WeightedLRU
 from pipelines.errors import UserError, one_line, printable
-from pipelines.source_files import read_range
+from pipelines.source_find import read_range
 from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered, sample_key
 from pipelines.storage import Storage
 

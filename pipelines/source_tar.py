@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.errors import UserError, printable
-from pipelines.source_files import Ranged, read_range
+from pipelines.source_find import Ranged, read_range
 from pipelines.sources import (
     IMAGE_EXTENSIONS,
     Entry,

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.errors import UserError, printable
 from pipelines.images import encode_png
@@ -50,9 +51,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source holds of one sample: the image file's bytes, and further members by their extension."""
+    """What a source holds of one sample: the image file's bytes, or where there is no file its pixels (uint8
+    `[1 or 3, H, W]`); and further members by their extension.
+    """
 
-    image: bytes
+    image: bytes | NDArray[np.uint8]
     members: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -80,8 +83,9 @@ class Source:
     reader: Reader
 
     def read(self, entry: Entry) -> bytes:
-        """The image file's bytes, or `UserError` naming it."""
-        return self.reader.load(entry).image
+        """The image file's bytes, or those of a PNG of its pixels; `UserError` naming it."""
+        image = self.reader.load(entry).image
+        return image if isinstance(image, bytes) else encode_png(image)
 
 
 def open_source(
@@ -110,7 +114,8 @@ def open_source(
         from pipelines.source_numpy import open_arrays
 
         return open_arrays(Path(source).expanduser(), labels, image, label)
-    from pipelines.source_files import find, folder, open_zip
+    from pipelines.source_files import folder, open_zip
+    from pipelines.source_find import find
 
     found = find(source)
     if found.kind == "tar":
@@ -138,7 +143,7 @@ def _refuse_options(kind: str, **options: str | None) -> None:
 @dataclass(frozen=True)
 class _DigitReader:
     def load(self, entry: Entry) -> Loaded:
-        return Loaded(encode_png(self._values[entry.place][None]))
+        return Loaded(self._values[entry.place][None])
 
     @cached_property
     def _values(self) -> Any:

@@ -119,7 +119,7 @@ def test_an_unfinished_set_is_gone_on_with_and_not_judged(stack: Stack) -> None:
     recipe, samples = locate(tiny_config(*overrides))
     model, schedule = load_model(open_checkpoint(recipe.checkpoint), torch.device("cpu"))
     from pipelines.images import to_uint8
-    from pipelines.sampling import unit_range
+    from pipelines.sample_recipe import unit_range
 
     x = make_images(model, schedule, recipe, unit_range(recipe, 1), torch.device("cpu"))
     first = samples.write_unit(recipe, 1, to_uint8(x, recipe.levels))

@@ -23,7 +23,7 @@ from jobs import cli, common
 from pipelines import evaluate, features
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import UserError, one_line
-from pipelines.sampling import SampleSet
+from pipelines.sample_set import SampleSet
 from pipelines.storage import open_storage
 from tests.support.data import dataset_of
 from tests.support.runs import TINY
@@ -210,10 +210,17 @@ STEPS = ("--set", "train.steps=2", "--set", "train.eval_every=2")
             "(or https://HOST/PREFIX, to read from), not ftp://",
         ),
         (("prepare", "nowhere", "--config", "digits.yaml", "--out", "x"), "nowhere"),
-        (("submit", "prepare", "--config", "digits.yaml"), "ddpm submit: submit prepare: SOURCE is missing"),
+        (
+            ("submit", "prepare", "--config", "digits.yaml"),
+            "ddpm submit: submit prepare: the following arguments are required: SOURCE; see `ddpm prepare --help`",
+        ),
         (
             ("submit", "train", "digits", "--config", "digits.yaml"),
-            "ddpm submit: submit train: takes no SOURCE, got 'digits'",
+            "ddpm submit: submit train: unrecognized arguments: digits; see `ddpm train --help`",
+        ),
+        (
+            ("submit", "sample", "--config", "digits.yaml", "--local"),
+            "ddpm submit: submit sample: takes no --local: the job runs on the cluster",
         ),
         (("up", "--num-cpus", "0"), "ddpm up: --num-cpus 0: must be at least 1"),
     ],
@@ -666,7 +673,7 @@ def test_an_error_crosses_processes_unchanged() -> None:
     from pipelines.checkpoints import CheckpointError
     from pipelines.dataset import DataError
     from pipelines.records import RecordError
-    from pipelines.sampling import SampleSetError
+    from pipelines.sample_set import SampleSetError
     from pipelines.storage import ObjectMissing, StorageError
     from pipelines.training import TrainingError
 

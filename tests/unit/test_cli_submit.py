@@ -1,14 +1,18 @@
-"""`ddpm submit` beside a job of the same run that is under way with other settings."""
+"""`ddpm submit`: what travels to a job, and a job of the same run that is under way with other settings."""
 
 from __future__ import annotations
 
+import argparse
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from jobs import submission
-from jobs.cli import main
+from jobs.cli import command_parser, main
 from jobs.submission import JobStatus, Submission
+from jobs.submit import JOBS
 
 NAME = "train-digits-1"
 
@@ -67,3 +71,55 @@ def test_with_the_same_settings_it_is_submitted_once(monkeypatch: pytest.MonkeyP
     asked = answers(monkeypatch, ended(as_asked=True))
     assert code_of() == 0
     assert len(asked) == 1
+
+
+# what says where it runs; the configuration travels as a file
+NOT_CARRIED = {"config", "overrides", "address", "local", "help"}
+
+
+def example(action: argparse.Action) -> list[str]:
+    """An argument that says something else than the default."""
+    value = str(list(action.choices)[-1]) if action.choices else f"s3://bucket/it's {action.dest}"
+    if not action.option_strings:
+        return [value]
+    return [action.option_strings[-1]] if action.nargs == 0 else [action.option_strings[-1], value]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_whatever_a_job_takes_travels_to_it(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    carried: list[list[str]] = []
+
+    def submit(job: str, argv: list[str], config_text: str, **others: object) -> Submission:
+        carried.append(argv)
+        return ended(as_asked=True)
+
+    monkeypatch.setattr(submission, "submit", submit)
+    own = [action for action in command_parser(job)._actions if action.dest not in NOT_CARRIED]
+    given = [word for action in own for word in example(action)]
+    assert main(["submit", job, *given, "--config", "digits.yaml", "--set", "name=x"]) == 0
+    command = shlex.split(submission.entrypoint(job, carried[0]))
+    assert command[:4] == ["python", "-m", "jobs", job]
+    parser = command_parser(job)
+    arrived = parser.parse_args(command[4:])
+    for action in own:
+        value = getattr(arrived, action.dest)
+        assert value != action.default, f"{action.dest} of {job} does not travel"
+        assert action.nargs == 0 or value == example(action)[-1]
+
+
+def test_the_options_of_prepare_are_among_them() -> None:
+    names = {action.dest for action in command_parser("prepare")._actions} - NOT_CARRIED
+    assert names >= {"source", "out", "index_only", "labels", "image", "label"}
+
+
+def test_a_folder_of_this_process_is_one_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    carried: list[list[str]] = []
+
+    def submit(job: str, argv: list[str], config_text: str, **others: object) -> Submission:
+        carried.append(argv)
+        return ended(as_asked=True)
+
+    monkeypatch.setattr(submission, "submit", submit)
+    assert main(["submit", "prepare", "digits", "--config", "digits.yaml", "--out", "here"]) == 0
+    assert command_parser("prepare").parse_args([*carried[0], "--config", "x"]).out == str(tmp_path / "here")

@@ -166,6 +166,15 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         ("train.micro_batches=3", "my.yaml: train.micro_batches: must divide batch_size 8, got 3"),
         ("sample.batch_size=3", "my.yaml: sample.batch_size: must divide unit_size 4, got 3"),
         (
+            "prepare.png_encoder=zopfli",
+            "my.yaml: prepare.png_encoder: input should be 'pillow' or 'fpng', got 'zopfli'",
+        ),
+        (
+            "sample.png_encoder=fpng",
+            "my.yaml: sample.png_encoder: must be pillow for images that are not RGB (model.in_channels 1), got "
+            "'fpng'",
+        ),
+        (
             "workers.num=5",
             "my.yaml: workers.num: must be at most train.micro_batches 4, got 5; each worker takes whole "
             "micro-batches",
@@ -404,7 +413,8 @@ WHERE_AND_HOW_LONG = [
     "workers.cpus=2", "workers.gpus=1", "workers.max_failures=9", "tracking.experiment=other", "train.steps=7",
     "train.log_every=3", "train.eval_every=3", "train.checkpoint_every=3", "train.keep_checkpoints=9",
     "bound.num_strata=5", "bound.num_images=9", "sampler.kind=ancestral", "sampler.num_steps=3", "sample.count=5",
-    "sample.seed=3", "tune.num_trials=3", "tune.workers=2", "prepare.levels=5", "model.gradient_checkpointing=true",
+    "sample.seed=3", "tune.num_trials=3", "tune.workers=2", "prepare.levels=5", "prepare.png_encoder=fpng",
+    "model.gradient_checkpointing=true",
 ]  # fmt: skip
 LEARNED = (
     "model.learned_variance=true & objective.loss=hybrid & objective.variance_type=learned_range & "

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from pipelines import decode as decode_module
 from pipelines.decode import decode, decode_into, decode_reference
+from pipelines.images import encode_png
 from tests.support.data import image_bytes
 from tests.unit.test_data_images import png_of
 
@@ -53,6 +54,7 @@ FAST = {
     "stored PNG": png("RGB", compress_level=0),
     "PNG with text": png("RGB", pnginfo=with_text()),
     "PNG with a profile": png("RGB", icc_profile=b"profile" * 9, dpi=(72, 72)),
+    "PNG by fpng": encode_png(np.asarray(picture("RGB")).transpose(2, 0, 1), "fpng"),
     "grey JPEG": jpeg("L"),
     "JPEG": jpeg("RGB"),
     "JPEG 4:4:4": jpeg("RGB", subsampling=0, quality=95),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +181,29 @@ def test_a_png_that_needs_no_change_keeps_its_bytes_and_another_does_not() -> No
     assert Preprocessing(None, 3, levels=17).apply(original)[0] != original
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("given", [1, 3])
+@pytest.mark.parametrize(("image_size", "levels"), [(None, 256), (8, 256), (None, 5), (20, 17)])
+def test_pixels_become_what_a_png_of_them_becomes(
+    given: int, channels: int, image_size: int | None, levels: int
+) -> None:
+    image = random_images(1, (given, 16, 18))[0]
+    chosen = Preprocessing(image_size, channels, levels)
+    assert chosen.apply(image) == chosen.apply(encode_png(image))
+    assert inspect(image) == inspect(encode_png(image)) == given
+
+
+def test_the_encoder_that_is_chosen_writes_what_does_not_keep_its_bytes() -> None:
+    image = random_images(1, (3, 16, 16))[0]
+    chosen = Preprocessing(None, 3, 256, "fpng")
+    made, shape = chosen.apply(image)
+    assert b"fdEC" in made
+    assert np.array_equal(decode_image(made, shape), image)
+    file = encode_png(image)
+    assert chosen.apply(file) == (file, shape)
+    assert b"fdEC" in Preprocessing(8, 3, 256, "fpng").apply(file)[0]
+
+
 def test_a_jpeg_that_needs_no_change_keeps_its_bytes_and_another_becomes_a_png() -> None:
     picture = Image.fromarray(random_images(1, (3, 16, 16))[0].transpose(1, 2, 0))
     original = image_bytes(picture, "JPEG", quality=70, progressive=True)
@@ -290,7 +314,7 @@ def test_an_image_that_would_not_come_out_right_is_refused_with_its_reason(data:
         ({"image_size": 8, "channels": 3, "levels": 257}, "levels: must be 2..256, got 257"),
     ],
 )
-def test_wrong_options_are_named(options: dict[str, int], line: str) -> None:
+def test_wrong_options_are_named(options: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         Preprocessing(**options)
 

@@ -18,8 +18,10 @@ from PIL import Image
 
 from pipelines import prepare as module
 from pipelines.dataset import Dataset
+from pipelines.decode import decode
 from pipelines.errors import UserError
-from pipelines.prepare import plan_shards, prepare
+from pipelines.prepare import prepare
+from pipelines.prepare_plan import plan_shards
 from pipelines.shards import parse_index, sha256
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, StorageError, open_storage
@@ -418,3 +420,33 @@ def test_a_png_that_fits_is_stored_byte_for_byte(tmp_path: Path) -> None:
         for sample in webdataset.WebDataset(str(tar_path), shardshuffle=False):
             assert sample["png"] == (tmp_path / "in" / f"{sample['__key__']}.png").read_bytes()
             assert "cls" not in sample
+
+
+def test_an_encoder_is_part_of_what_a_data_set_is_and_the_usual_one_is_not_named(tmp_path: Path) -> None:
+    array = tmp_path / "colours.npy"
+    images = random_images(40, (3, 10, 12))
+    np.save(array, images.transpose(0, 2, 3, 1))
+    usual = prepare(str(array), str(tmp_path / "usual"), test_fraction=0.3)
+    by_fpng = prepare(str(array), str(tmp_path / "fpng"), test_fraction=0.3, png_encoder="fpng")
+    assert "png_encoder" not in usual.record["preparation"]
+    assert by_fpng.record["preparation"]["png_encoder"] == "fpng"
+    for out, marked in (("usual", False), ("fpng", True)):
+        seen = 0
+        for tar in (tmp_path / out).glob("*/*.tar"):
+            for sample in webdataset.WebDataset(str(tar), shardshuffle=False):
+                assert (b"fdEC" in sample["png"]) == marked
+                number = int(sample["__key__"].removeprefix("image-"))
+                assert np.array_equal(decode(sample["png"], (3, 10, 12)), images[number])
+                seen += 1
+        assert seen == 40
+    assert usual.identity != by_fpng.identity
+    line = refusal(str(array), str(tmp_path / "usual"), test_fraction=0.3, png_encoder="fpng")
+    assert "png_encoder (None there, fpng asked for)" in line
+
+
+def test_an_encoder_that_writes_no_grey_is_refused_before_anything_is_written(
+    photos: Path, tmp_path: Path
+) -> None:
+    line = refusal(str(photos), str(tmp_path / "out"), png_encoder="fpng")
+    assert line.startswith("prepare.png_encoder: must be pillow for grey images, got fpng")
+    assert not (tmp_path / "out").exists()

@@ -211,7 +211,7 @@ def test_an_index_that_points_outside_its_tar_is_named(tmp_path: Path, offsets: 
 
 def test_the_index_of_another_tar_is_named(tmp_path: Path) -> None:
     one, two = packed(random_images(3)), packed(random_images(3, seed=1))
-    mixed = PackedShard(tar=one.tar, index=two.index, count=3)
+    mixed = PackedShard(tar=one.tar, index=two.index, count=3, tar_sha256=one.tar_sha256)
     dataset = put_dataset(tmp_path, {"train": [mixed]}, (1, 8, 8))
     with pytest.raises(DataError, match=r"shard-000000.index.parquet: an index of another tar"):
         list(read_split(dataset, "train"))

@@ -17,7 +17,8 @@ import webdataset
 from pipelines import source_parquet
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png
-from pipelines.prepare import plan_shards, prepare
+from pipelines.prepare import prepare
+from pipelines.prepare_plan import plan_shards
 from pipelines.source_parquet import _ParquetReader
 from pipelines.sources import open_source
 from tests.support.data import random_images, write_image

@@ -32,7 +32,8 @@ from pipelines.evaluate import (
 from pipelines.features import train_classifier
 from pipelines.images import encode_png
 from pipelines.reader import read_split
-from pipelines.sampling import Recipe, SampleSet, recipe_of, sample_set
+from pipelines.sample_recipe import Recipe, recipe_of
+from pipelines.sample_set import SampleSet, sample_set
 from pipelines.shards import Sample, pack
 from pipelines.storage import open_storage
 from pipelines.tracking import History, Row

@@ -17,26 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_core.samplers import SamplerConfig
-from pipelines import sampling
+from pipelines import sample_set as sets
 from pipelines.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from pipelines.config import Config, SampleConfig
 from pipelines.errors import UserError
 from pipelines.images import to_uint8
-from pipelines.sampling import (
-    Recipe,
-    SampleSet,
-    SampleSetError,
-    Survey,
-    UnitMaker,
-    checkpoint_config,
-    load_model,
-    make_images,
-    num_units,
-    pending_units,
-    recipe_of,
-    sample_set,
-    unit_range,
-)
+from pipelines.sample_recipe import Recipe, checkpoint_config, num_units, pending_units, recipe_of, unit_range
+from pipelines.sample_set import SampleSet, SampleSetError, Survey, sample_set
+from pipelines.sampling import UnitMaker, load_model, make_images
 from pipelines.shards import parse_index
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.training import Learner, SingleWorker
@@ -308,6 +296,24 @@ def place(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "set"))
 
 
+def test_another_encoder_makes_another_set_of_the_same_pixels(tmp_path: Path, config: Config) -> None:
+    draw = np.random.default_rng(0)
+    images = torch.from_numpy(draw.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8))
+    names = set()
+    for encoder in ("pillow", "fpng"):
+        settings = config.sample.model_copy(update={"png_encoder": encoder, "count": 4})
+        made = Recipe("tiny", "c", "i", config.sampler, settings, (3, 8, 8), 256)
+        # sets from before there was a choice keep their names
+        assert made.identity().get("png_encoder") == (None if encoder == "pillow" else "fpng")
+        names.add(made.set_name())
+        found = SampleSet(open_storage(str(tmp_path / encoder)))
+        commit = found.write_unit(made, 0, images)
+        assert (b"fdEC" in found.storage.get(commit.shard.key)) == (encoder == "fpng")
+        found.finish(made)
+        assert np.array_equal(np.stack([image for _, image in found.images()]), images.numpy())
+    assert len(names) == 2
+
+
 @pytest.fixture
 def ten(config: Config) -> Recipe:
     return Recipe("tiny", "c", "i", config.sampler, config.sample, (1, 8, 8), 256)
@@ -419,7 +425,7 @@ def test_a_set_that_is_whole_is_found_so_and_nothing_of_a_large_one_is_read(
     watched = WatchedStorage(place)
     assert SampleSet(watched).survey(ten) == Survey([0, 1, 2], [], finished=True)
     assert sum(watched.gets.values()) == 1 + 6
-    monkeypatch.setattr(sampling, "_READ_IN_A_MOMENT_BYTES", 100)
+    monkeypatch.setattr(sets, "_READ_IN_A_MOMENT_BYTES", 100)
     watched = WatchedStorage(place)
     assert SampleSet(watched).survey(ten) == Survey([0, 1, 2], [], finished=True)
     assert watched.gets == {"samples.json": 1}
@@ -442,7 +448,7 @@ def test_a_damaged_unit_is_found_and_made_again(
     if not complete:
         place.delete(["samples.json", "units/unit-000002.json"])
     if large:
-        monkeypatch.setattr(sampling, "_READ_IN_A_MOMENT_BYTES", 100)
+        monkeypatch.setattr(sets, "_READ_IN_A_MOMENT_BYTES", 100)
     before = found.unit(1)
     [key] = [i.key for i in place.list("shard-000001") if i.key.endswith(part)]
     hurt(place, key, damage)

@@ -17,7 +17,9 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.evaluate import _frames
 from pipelines.images import encode_png, to_uint8
-from pipelines.sampling import Recipe, UnitMaker, load_model, make_images, recipe_of, sample_set
+from pipelines.sample_recipe import Recipe, recipe_of
+from pipelines.sample_set import sample_set
+from pipelines.sampling import UnitMaker, load_model, make_images
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import open_storage
 from pipelines.train import _evaluate, held_out_bound, open_run

@@ -18,7 +18,8 @@ from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.plan import network_bytes, training_plan
-from pipelines.sampling import load_model, make_images, recipe_of
+from pipelines.sample_recipe import recipe_of
+from pipelines.sampling import load_model, make_images
 from pipelines.storage import open_storage
 from pipelines.train import _evaluate, held_out_bound, open_run, train
 from pipelines.training import Learner, SingleWorker

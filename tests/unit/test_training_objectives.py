@@ -18,7 +18,8 @@ from pipelines.checkpoints import CheckpointError, Checkpoints, State
 from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
-from pipelines.sampling import load_model, make_images, recipe_of
+from pipelines.sample_recipe import recipe_of
+from pipelines.sampling import load_model, make_images
 from pipelines.storage import open_storage
 from pipelines.train import held_out_bound
 from pipelines.training import Learner, SingleWorker, StepResult, World, streams_of

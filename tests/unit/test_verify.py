@@ -163,7 +163,7 @@ def rewritten(shard: PackedShard, edit: Callable[[dict[str, list[Any]]], None]) 
     edit(columns)
     file = io.BytesIO()
     pq.write_table(pa.table(columns, schema=table.schema), file)
-    return PackedShard(shard.tar, file.getvalue(), len(columns["key"]))
+    return PackedShard(shard.tar, file.getvalue(), len(columns["key"]), shard.tar_sha256)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""The prefix of a data set that is being made: who has taken it, what of it is there, and its commit.
+
+`preparation.json`, put first and once, says for which source and options a prefix is taken; `dataset.json`, put
+last and once, makes the data set visible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.dataset import (
+    FORMAT,
+    RECORD_KEY,
+    SHARDS_KEY,
+    SPLITS,
+    VERSION,
+    Dataset,
+    Shard,
+    canonical_json,
+    load_from,
+    shards_to_parquet,
+)
+from pipelines.errors import UserError
+from pipelines.prepare_shards import ShardPlan
+from pipelines.shards import sha256
+from pipelines.storage import ObjectMissing, Storage, StorageError
+
+CLAIM_KEY = "preparation.json"
+
+
+def finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
+    """The data set that stands there, or None; `UserError` if it was made of another source or otherwise."""
+    if not (storage.exists(RECORD_KEY) and storage.exists(SHARDS_KEY)):
+        return None
+    dataset = load_from(storage)
+    _check_same(storage, dataset.record.get("preparation", {}), options)
+    return dataset
+
+
+def incomplete(dataset: Dataset) -> list[str]:
+    """The objects of a data set that are missing or of another size, by one listing a split; a phrase each.
+
+    A change of bytes is not seen; `ddpm verify` reads them.
+    """
+    damage = []
+    for split, shards in dataset.splits.items():
+        sizes = {info.key: info.num_bytes for info in dataset.storage.list(f"{split}/")}
+        for shard in shards:
+            if "://" in shard.key:
+                continue  # a tar that stays elsewhere
+            if sizes.get(shard.key) != shard.num_bytes:
+                damage.append(f"{dataset.uri_of(shard)} is missing or not {shard.num_bytes} bytes long")
+            if shard.index_key not in sizes:
+                damage.append(f"{dataset.uri}/{shard.index_key} is missing")
+    return damage
+
+
+def claim(storage: Storage, options: Mapping[str, Any]) -> None:
+    """Take the prefix for this source and these options, or find that it is taken for just them."""
+    claim = canonical_json(options)
+    try:
+        taken = storage.get(CLAIM_KEY)
+    except ObjectMissing:
+        for split in SPLITS:
+            for there in storage.list(f"{split}/")[:1]:
+                raise UserError(
+                    f"{storage.uri}/{there.key}: is in the way, and belongs to no data set of this program: "
+                    "choose another --out"
+                ) from None
+        taken = claim if storage.put_if_absent(CLAIM_KEY, claim) else storage.get(CLAIM_KEY)
+    try:
+        _check_same(storage, dict(json.loads(taken)), options)
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"
+        ) from None
+
+
+def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    names = sorted({*there, *asked})
+    differing = [name for name in names if there.get(name) != asked.get(name)]
+    if differing:
+        what = ", ".join(
+            f"{name} ({there.get(name)} there, {asked.get(name)} asked for)" for name in differing
+        )
+        raise UserError(
+            f"{storage.uri}: holds a data set that was prepared otherwise: {what}; "
+            "prepare it the same way, or choose another --out"
+        )
+
+
+def commit(
+    storage: Storage,
+    name: str,
+    shape: tuple[int, int, int],
+    levels: int,
+    classes: tuple[str, ...],
+    options: Mapping[str, Any],
+    shards: list[Shard],
+) -> None:
+    """Put the list of shards, then the record, which makes the data set visible."""
+    listing = shards_to_parquet(shards)
+    storage.put(SHARDS_KEY, listing)
+    splits = {}
+    for split in SPLITS:
+        chosen = [shard for shard in shards if shard.split == split]
+        splits[split] = {"count": sum(shard.count for shard in chosen), "shards": len(chosen)}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "shape": list(shape),
+        "levels": levels,
+        "classes": list(classes),
+        "splits": splits,
+        "preparation": dict(options),
+        "shards_sha256": sha256(listing),
+    }
+    # whoever is second made the same record, which `prepare` then reads
+    storage.put_if_absent(RECORD_KEY, json.dumps(record, indent=2, ensure_ascii=False).encode())
+
+
+def discard(storage: Storage, plans: list[ShardPlan]) -> None:
+    keys = [key for plan in plans for key in (plan.index_key, plan.key)]
+    with contextlib.suppress(StorageError):
+        storage.delete([*keys, CLAIM_KEY])
