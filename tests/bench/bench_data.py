@@ -23,14 +23,16 @@ from pathlib import Path
 import boto3
 import numpy as np
 import psutil
+import pyspng
 import pytest
+import simplejpeg
 import torch
 import webdataset as wds
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.dataset import Dataset
-from pipelines.decode import decode_into
+from pipelines.decode import decode_many
 from pipelines.images import encode_png
 from pipelines.reader import StreamBatches
 from pipelines.shards import Sample, pack
@@ -40,6 +42,7 @@ from tests.support.s3 import BUCKET, moto_server, use_endpoint
 BATCH = 64
 DIFFERENT = 256
 KINDS = {"PNG 32×32": (32, 16_384, 1024), "JPEG 256×256": (256, 2048, 256)}
+LIBRARY = {32: "pyspng", 256: "simplejpeg"}
 Images = Iterator[NDArray[np.uint8] | torch.Tensor]
 
 
@@ -108,6 +111,7 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
     side = KINDS[kind][0]
     ways: dict[str, Callable[[], Images]] = {
         "decode alone": lambda: _decode_alone(files, count, side),
+        f"{LIBRARY[side]} alone": lambda: _library_alone(files, count, side),
         "Pillow alone": lambda: _pillow_alone(files, count),
     }
     for place, dataset in sets.items():
@@ -143,15 +147,26 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
     for place in sets:
         faster = ratio(f"webdataset, {place}", f"ours, {place}")
         print(f"  ours against webdataset {wds.__version__}, {place}: {faster}")
-        print(f"  time against decode alone, {place}: {ratio(f'ours, {place}', 'decode alone')}")
+        for floor in ("decode alone", f"{LIBRARY[side]} alone"):
+            print(f"  time against {floor}, {place}: {ratio(f'ours, {place}', floor)}")
     print(f"  time from S3 against disk: {ratio('ours, S3', 'ours, disk')}")
 
 
 def _decode_alone(files: list[bytes], count: int, side: int) -> Images:
+    images = np.empty((BATCH, side, side, 3), np.uint8)
     for first in range(0, count, BATCH):
-        images = np.empty((BATCH, side, side, 3), np.uint8)
+        batch = {place: files[(first + place) % len(files)] for place in range(BATCH)}
+        assert not decode_many(batch, images)
+        yield images
+
+
+def _library_alone(files: list[bytes], count: int, side: int) -> Images:
+    """One call of the library an image, and nothing else."""
+    load = pyspng.load if side == 32 else simplejpeg.decode_jpeg
+    images = np.empty((BATCH, side, side, 3), np.uint8)
+    for first in range(0, count, BATCH):
         for place in range(BATCH):
-            decode_into(files[(first + place) % len(files)], images[place])
+            images[place] = load(files[(first + place) % len(files)])
         yield images
 
 
