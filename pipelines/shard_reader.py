@@ -19,7 +19,7 @@ from pipelines.storage import ObjectMissing, Storage
 DEFAULT_CACHE_BYTES = 256 * 2**20
 _FETCH_ATTEMPTS = 3
 # a tar of which the images are less than this share is kept as its images alone
-_DENSE = 0.8
+_DENSE = 0.5
 
 # (storage, key, SHA-256) -> bytes that have this hash
 Fetch = Callable[[Storage, str, str], bytes]
