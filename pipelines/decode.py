@@ -36,10 +36,18 @@ _HEADER_BYTES = 33
 _STORED_BYTES = 0xFFFF
 _SPNG_FORMAT = {1: spng.SPNG_FMT_G8, 3: spng.SPNG_FMT_RGB8}
 _PNG_COLOUR_TYPE = {1: 0, 3: 2}
-# chunks that stand beside the pixels and change none of them
-_HARMLESS = frozenset(
-    (b"sRGB", b"gAMA", b"cHRM", b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"tIME", b"iCCP", b"bKGD", b"eXIf")
-)
+# chunks that stand beside the pixels and change none of them, with the length at which Pillow can read them, where
+# it reads them; what it unpacks (iCCP, zTXt, iTXt) may be more than it takes, and is left to it
+_HARMLESS = {
+    b"sRGB": 1,
+    b"gAMA": 4,
+    b"cHRM": 32,
+    b"pHYs": 9,
+    b"tEXt": None,
+    b"eXIf": None,
+    b"tIME": None,
+    b"bKGD": None,
+}
 _JPEG_SPACES = {1: {"Gray": "GRAY"}, 3: {"YCbCr": "RGB", "RGB": "RGB"}}
 _START_OF_SCAN, _APP2 = 0xDA, 0xE2
 # the mark of a file that holds several pictures (MPO)
@@ -127,7 +135,8 @@ def _fast_jpeg(data: bytes, out: NDArray[np.uint8]) -> bool:
         if wanted is None or (found_height, found_width) != (height, width):
             return False
         simplejpeg.decode_jpeg(data, wanted, buffer=out)
-    except ValueError:
+    except (ValueError, KeyError):
+        # KeyError: a kind of subsampling that simplejpeg does not know
         return False
     return True
 
@@ -224,7 +233,7 @@ def _compressed(data: bytes) -> bytes:
     while start < last:
         end = start + 8 + int.from_bytes(data[start : start + 4])
         kind = data[start + 4 : start + 8]
-        if end + 4 > last or not (kind == b"IDAT" or kind in _HARMLESS):
+        if end + 4 > last or not (kind == b"IDAT" or _HARMLESS.get(kind, -1) in (None, end - start - 8)):
             return b""
         if isal_zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4]):
             return b""

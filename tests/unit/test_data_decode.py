@@ -54,7 +54,7 @@ FAST = {
     "RGB PNG": png("RGB"),
     "stored PNG": png("RGB", compress_level=0),
     "PNG with text": png("RGB", pnginfo=with_text()),
-    "PNG with a profile": png("RGB", icc_profile=b"profile" * 9, dpi=(72, 72)),
+    "PNG with a density": png("RGB", dpi=(72, 72)),
     "grey JPEG": jpeg("L"),
     "JPEG": jpeg("RGB"),
     "JPEG 4:4:4": jpeg("RGB", subsampling=0, quality=95),
@@ -67,6 +67,7 @@ FAST = {
     "JPEG turned by EXIF": jpeg("RGB", exif=turned()),
 }
 BY_PILLOW = {
+    "PNG with a profile": png("RGB", icc_profile=b"profile" * 9),
     "RGB PNG with a transparent colour": png("RGB", transparency=(11, 10, 5)),
     "grey PNG with a transparent shade": png("L", transparency=7),
     "16-bit grey": image_bytes(Image.new("I;16", (WIDTH, HEIGHT), 5000)),
@@ -133,7 +134,11 @@ def test_which_of_those_images_are_read_at_all() -> None:
         for channels in (1, 3)
         if not isinstance(outcome(data, (channels, HEIGHT, WIDTH), fast=True), str)
     }
-    assert read == {"RGB PNG with a transparent colour", "grey PNG with a transparent shade"}
+    assert read == {
+        "PNG with a profile",
+        "RGB PNG with a transparent colour",
+        "grey PNG with a transparent shade",
+    }
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 31), (33, 17)])
@@ -183,6 +188,79 @@ def test_of_a_damaged_file_it_gives_what_pillow_gives(kind: str) -> None:
         assert same(outcome(bytes(data), shape, fast=True), reference)
         outcomes["refused" if isinstance(reference, str) else "read"] += 1
     assert min(outcomes["refused"], outcomes["read"]) > 5
+
+
+def with_chunk(kind: bytes, body: bytes) -> bytes:
+    """An RGB PNG that has this chunk before its lines."""
+    whole = FAST["RGB PNG"]
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return whole[:33] + chunk + whole[33:]
+
+
+BOMB = zlib.compress(bytes(3 * 2**20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"gAMA", b"\0"),
+        (b"gAMA", b"\0\0\0\0"),
+        (b"cHRM", b"\0"),
+        (b"cHRM", bytes(32)),
+        (b"pHYs", b"\0"),
+        (b"pHYs", bytes(9)),
+        (b"sRGB", b""),
+        (b"sRGB", b"\0"),
+        (b"tIME", b""),
+        (b"bKGD", b""),
+        (b"eXIf", b"garbage"),
+        (b"tEXt", b""),
+        (b"zTXt", b"k\0\1junk"),
+        (b"zTXt", b"k\0\0" + BOMB),
+        (b"iTXt", b"k\0\1\0\0\0" + BOMB),
+        (b"iCCP", b"junk"),
+        (b"iCCP", b"k\0\0" + BOMB),
+        (b"IHDR", FAST["RGB PNG"][16:29]),
+        (b"tRNS", bytes(6)),
+        (b"abCd", b"private"),
+    ],
+)
+def test_of_a_png_with_any_other_chunk_it_gives_what_pillow_gives(kind: bytes, body: bytes) -> None:
+    data, shape = with_chunk(kind, body), (3, HEIGHT, WIDTH)
+    assert same(outcome(data, shape, fast=True), outcome(data, shape, fast=False))
+
+
+def test_of_damaged_lines_under_right_checksums_it_gives_what_pillow_gives() -> None:
+    """The chunk's CRC is mended, so that zlib's own checks are what is left."""
+    draw, shape = random.Random(1), (3, HEIGHT, WIDTH)
+    lines = zlib.decompress(FAST["RGB PNG"][41:-16])
+    outcomes: Counter[str] = Counter()
+    for level in (0, 1, 9):
+        whole = zlib.compress(lines, level)
+        for _ in range(300):
+            body = bytearray(whole)
+            for _ in range(draw.choice([1, 1, 2, 5])):
+                body[draw.randrange(len(body))] ^= 1 << draw.randrange(8)
+            if draw.random() < 0.2:
+                del body[draw.randrange(len(body)) :]
+            chunk = b"IDAT" + bytes(body)
+            size, crc = struct.pack(">I", len(body)), struct.pack(">I", zlib.crc32(chunk))
+            data = FAST["RGB PNG"][:33] + size + chunk + crc + FAST["RGB PNG"][-12:]
+            reference = outcome(data, shape, fast=False)
+            assert same(outcome(data, shape, fast=True), reference)
+            outcomes["refused" if isinstance(reference, str) else "read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 2
+
+
+def test_a_jpeg_sampled_as_simplejpeg_does_not_know_is_what_pillow_says() -> None:
+    data = bytearray(jpeg("RGB", subsampling=0))
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == 0x11  # the luma's sampling, 1 × 1
+    for sampling in (0x14, 0x41, 0x13, 0x33):
+        data[frame + 11] = sampling
+        for shape in ((3, HEIGHT, WIDTH), (1, HEIGHT, WIDTH)):
+            reference = outcome(bytes(data), shape, fast=False)
+            assert same(outcome(bytes(data), shape, fast=True), reference)
 
 
 def damaged_chunks(order: list[int]) -> bytes:
