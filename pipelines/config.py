@@ -146,6 +146,8 @@ class TrainConfig(Section):
     """The newest ones that stay; the best one always stays."""
     precision: Precision = "auto"
     """What the network computes in: auto is bfloat16 on a GPU that has it and float32 elsewhere."""
+    compile: bool = False
+    """Compile the network in each worker before the first step: minutes that only a long run pays back."""
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
@@ -288,6 +290,7 @@ class Config(Section):
             "micro_batches": self.train.micro_batches,
             **({"objective": objective} if objective else {}),
             **({} if self.train.precision == "auto" else {"precision": self.train.precision}),
+            **({"compile": True} if self.train.compile else {}),
         }
 
     def run_name(self, dataset_identity: str) -> str:

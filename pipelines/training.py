@@ -23,6 +23,7 @@ from ddpm_core.posthoc_ema import PowerEMA
 from ddpm_core.schedules import Schedule
 from ddpm_core.timesteps import LossMoments, draw_timesteps
 from pipelines.checkpoints import CheckpointError, State
+from pipelines.compiled import compile_training
 from pipelines.conditioning import network_labels
 from pipelines.config import Config, OptimizerConfig
 from pipelines.errors import UserError
@@ -101,6 +102,14 @@ class Samples(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class _Blank:
+    stream: int
+    index: Tensor
+    x_start: Tensor
+    label: Tensor
+
+
 @dataclass(frozen=True)
 class StepResult:
     loss: float
@@ -140,6 +149,18 @@ class Learner:
         self._autocast = Autocast(config.train.precision, device)
         by_loss = config.objective.timestep_sampling == "loss_second_moment"
         self.loss_moments = LossMoments(config.schedule.num_timesteps) if by_loss else None
+        if config.train.compile:
+            compile_training(self.model, self._example)
+            self.optimizer.zero_grad()
+
+    def _example(self) -> None:
+        """Forwards and backwards for a micro-batch of zeros."""
+        model, size = self.config.model, self.config.train.batch_size // self.config.train.micro_batches
+        shape = (size, model.in_channels, model.image_size, model.image_size)
+        index = torch.zeros(size, dtype=torch.int64)
+        part = _Blank(0, index, torch.zeros(shape), torch.full_like(index, -1))
+        t, noise = index.to(self.device), torch.zeros(shape, device=self.device)
+        self._backward(0, part, t, None, noise, torch.zeros(2, 0, device=self.device))
 
     def step(self, step: int, micro_batches: Sequence[Samples], world: World) -> StepResult:
         """Algorithm 1 for the global batch of `step` (zero-based), of which these micro-batches are our part.

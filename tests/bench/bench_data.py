@@ -19,18 +19,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
 import psutil
+import pyspng
 import pytest
+import simplejpeg
 import torch
 import webdataset as wds
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.dataset import Dataset
-from pipelines.decode import decode_into
+from pipelines.decode import decode_many
 from pipelines.images import encode_png
 from pipelines.reader import StreamBatches
 from pipelines.shards import Sample, pack
@@ -40,6 +43,7 @@ from tests.support.s3 import BUCKET, moto_server, use_endpoint
 BATCH = 64
 DIFFERENT = 256
 KINDS = {"PNG 32×32": (32, 16_384, 1024), "JPEG 256×256": (256, 2048, 256)}
+LIBRARY = {32: "pyspng", 256: "simplejpeg"}
 Images = Iterator[NDArray[np.uint8] | torch.Tensor]
 
 
@@ -108,6 +112,7 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
     side = KINDS[kind][0]
     ways: dict[str, Callable[[], Images]] = {
         "decode alone": lambda: _decode_alone(files, count, side),
+        f"{LIBRARY[side]} alone": lambda: _library_alone(files, count, side),
         "Pillow alone": lambda: _pillow_alone(files, count),
     }
     for place, dataset in sets.items():
@@ -116,6 +121,7 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
             f"ours, {place}": lambda dataset=dataset: _ours(dataset, count),  # type: ignore[misc]
             f"webdataset, {place}": lambda dataset=dataset: _webdataset(dataset),  # type: ignore[misc]
         }
+    ways["webdataset streamed, S3"] = lambda: _webdataset(sets["S3"], streamed=True)
     _check_pixels(ways["ours, disk"](), files)
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     clock: dict[str, list[float]] = {name: [] for name in ways}
@@ -128,10 +134,10 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
                 cpu[name].append((time.process_time() - spent) / count)
                 clock[name].append((time.perf_counter() - began) / count)
     print(f"\n{kind}, {len(files[0]):,} bytes, {count:,} samples, {rounds} turns")
-    print(f"  {'':22}{'samples/s a core':>18}{'samples/s by the clock':>25}")
+    print(f"  {'':24}{'samples/s a core':>18}{'samples/s by the clock':>25}")
     for name in ways:
         a, b = (1 / statistics.median(times[name]) for times in (cpu, clock))
-        print(f"  {name:22}{a:18,.0f}{b:25,.0f}")
+        print(f"  {name:24}{a:18,.0f}{b:25,.0f}")
 
     def ratio(one: str, two: str) -> str:
         pairs = [
@@ -143,15 +149,27 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
     for place in sets:
         faster = ratio(f"webdataset, {place}", f"ours, {place}")
         print(f"  ours against webdataset {wds.__version__}, {place}: {faster}")
-        print(f"  time against decode alone, {place}: {ratio(f'ours, {place}', 'decode alone')}")
+        for floor in ("decode alone", f"{LIBRARY[side]} alone"):
+            print(f"  time against {floor}, {place}: {ratio(f'ours, {place}', floor)}")
+    print(f"  ours against webdataset streamed, S3: {ratio('webdataset streamed, S3', 'ours, S3')}")
     print(f"  time from S3 against disk: {ratio('ours, S3', 'ours, disk')}")
 
 
 def _decode_alone(files: list[bytes], count: int, side: int) -> Images:
+    images = np.empty((BATCH, side, side, 3), np.uint8)
     for first in range(0, count, BATCH):
-        images = np.empty((BATCH, side, side, 3), np.uint8)
+        batch = {place: files[(first + place) % len(files)] for place in range(BATCH)}
+        assert not decode_many(batch, images)
+        yield images
+
+
+def _library_alone(files: list[bytes], count: int, side: int) -> Images:
+    """One call of the library an image, and nothing else."""
+    load = pyspng.load if side == 32 else simplejpeg.decode_jpeg
+    images = np.empty((BATCH, side, side, 3), np.uint8)
+    for first in range(0, count, BATCH):
         for place in range(BATCH):
-            decode_into(files[(first + place) % len(files)], images[place])
+            images[place] = load(files[(first + place) % len(files)])
         yield images
 
 
@@ -181,10 +199,15 @@ def _ours(dataset: Dataset, count: int) -> Images:
             yield next(batches)[0].x_start
 
 
-def _webdataset(dataset: Dataset) -> Images:
-    def opened(url: str, mode: str = "rb", bufsize: int = 0) -> io.BytesIO:
+def _webdataset(dataset: Dataset, *, streamed: bool = False) -> Images:
+    """From S3 by boto3: each object read whole, which is the fastest, or `streamed` as the tar is read, which holds
+    no shard in memory.
+    """
+
+    def opened(url: str, mode: str = "rb", bufsize: int = 0) -> Any:
         bucket, _, key = url.removeprefix("s3://").partition("/")
-        return io.BytesIO(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+        body = client.get_object(Bucket=bucket, Key=key)["Body"]
+        return body if streamed else io.BytesIO(body.read())
 
     client = boto3.client("s3")
     wds.gopen_schemes["s3"] = opened

@@ -434,7 +434,7 @@ WHAT = [
     "optimizer.adam_eps=1e-7", "optimizer.warmup_steps=6", "optimizer.grad_clip=2", "ema.decay=0.8",
     "ema.warmup=false", "ema={half_life_images: 1000}", "ema={half_life_images: 1000, ramp_ratio: 0.05}",
     "ema.power_sigma_rels=[0.05]", "train.batch_size=16", "train.micro_batches=2",
-    "train.precision=bfloat16", "train.precision=float32",
+    "train.precision=bfloat16", "train.precision=float32", "train.compile=true",
     "objective.prediction_type=v", "objective.loss=vlb", "objective.weighting=snr", "objective.min_snr_gamma=4",
     "objective.p2_gamma=2", "objective.p2_k=2", "objective.vlb_weight=0.01", "objective.variance_type=fixed_large",
     "objective.timestep_sampling=loss_second_moment", "objective.label_dropout=0.2",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from pipelines import decode as decode_module
-from pipelines.decode import decode, decode_into, decode_reference
+from pipelines.decode import decode, decode_into, decode_many, decode_reference
 from pipelines.images import encode_png
 from tests.support.data import image_bytes
 from tests.unit.test_data_images import png_of
@@ -53,7 +55,7 @@ FAST = {
     "RGB PNG": png("RGB"),
     "stored PNG": png("RGB", compress_level=0),
     "PNG with text": png("RGB", pnginfo=with_text()),
-    "PNG with a profile": png("RGB", icc_profile=b"profile" * 9, dpi=(72, 72)),
+    "PNG with a density": png("RGB", dpi=(72, 72)),
     "PNG by fpng": encode_png(np.asarray(picture("RGB")).transpose(2, 0, 1), "fpng"),
     "grey JPEG": jpeg("L"),
     "JPEG": jpeg("RGB"),
@@ -67,6 +69,7 @@ FAST = {
     "JPEG turned by EXIF": jpeg("RGB", exif=turned()),
 }
 BY_PILLOW = {
+    "PNG with a profile": png("RGB", icc_profile=b"profile" * 9),
     "RGB PNG with a transparent colour": png("RGB", transparency=(11, 10, 5)),
     "grey PNG with a transparent shade": png("L", transparency=7),
     "16-bit grey": image_bytes(Image.new("I;16", (WIDTH, HEIGHT), 5000)),
@@ -133,7 +136,11 @@ def test_which_of_those_images_are_read_at_all() -> None:
         for channels in (1, 3)
         if not isinstance(outcome(data, (channels, HEIGHT, WIDTH), fast=True), str)
     }
-    assert read == {"RGB PNG with a transparent colour", "grey PNG with a transparent shade"}
+    assert read == {
+        "PNG with a profile",
+        "RGB PNG with a transparent colour",
+        "grey PNG with a transparent shade",
+    }
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 31), (33, 17)])
@@ -183,6 +190,155 @@ def test_of_a_damaged_file_it_gives_what_pillow_gives(kind: str) -> None:
         assert same(outcome(bytes(data), shape, fast=True), reference)
         outcomes["refused" if isinstance(reference, str) else "read"] += 1
     assert min(outcomes["refused"], outcomes["read"]) > 5
+
+
+def with_chunk(kind: bytes, body: bytes) -> bytes:
+    """An RGB PNG that has this chunk before its lines."""
+    whole = FAST["RGB PNG"]
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return whole[:33] + chunk + whole[33:]
+
+
+BOMB = zlib.compress(bytes(3 * 2**20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"gAMA", b"\0"),
+        (b"gAMA", b"\0\0\0\0"),
+        (b"cHRM", b"\0"),
+        (b"cHRM", bytes(32)),
+        (b"pHYs", b"\0"),
+        (b"pHYs", bytes(9)),
+        (b"sRGB", b""),
+        (b"sRGB", b"\0"),
+        (b"tIME", b""),
+        (b"bKGD", b""),
+        (b"eXIf", b"garbage"),
+        (b"tEXt", b""),
+        (b"zTXt", b"k\0\1junk"),
+        (b"zTXt", b"k\0\0" + BOMB),
+        (b"iTXt", b"k\0\1\0\0\0" + BOMB),
+        (b"iCCP", b"junk"),
+        (b"iCCP", b"k\0\0" + BOMB),
+        (b"IHDR", FAST["RGB PNG"][16:29]),
+        (b"tRNS", bytes(6)),
+        (b"abCd", b"private"),
+    ],
+)
+def test_of_a_png_with_any_other_chunk_it_gives_what_pillow_gives(kind: bytes, body: bytes) -> None:
+    data, shape = with_chunk(kind, body), (3, HEIGHT, WIDTH)
+    assert same(outcome(data, shape, fast=True), outcome(data, shape, fast=False))
+
+
+def test_of_damaged_lines_under_right_checksums_it_gives_what_pillow_gives() -> None:
+    """The chunk's CRC is mended, so that zlib's own checks are what is left."""
+    draw, shape = random.Random(1), (3, HEIGHT, WIDTH)
+    lines = zlib.decompress(FAST["RGB PNG"][41:-16])
+    outcomes: Counter[str] = Counter()
+    for level in (0, 1, 9):
+        whole = zlib.compress(lines, level)
+        for _ in range(300):
+            body = bytearray(whole)
+            for _ in range(draw.choice([1, 1, 2, 5])):
+                body[draw.randrange(len(body))] ^= 1 << draw.randrange(8)
+            if draw.random() < 0.2:
+                del body[draw.randrange(len(body)) :]
+            chunk = b"IDAT" + bytes(body)
+            size, crc = struct.pack(">I", len(body)), struct.pack(">I", zlib.crc32(chunk))
+            data = FAST["RGB PNG"][:33] + size + chunk + crc + FAST["RGB PNG"][-12:]
+            reference = outcome(data, shape, fast=False)
+            assert same(outcome(data, shape, fast=True), reference)
+            outcomes["refused" if isinstance(reference, str) else "read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 2
+
+
+def test_a_jpeg_sampled_as_simplejpeg_does_not_know_is_what_pillow_says() -> None:
+    data = bytearray(jpeg("RGB", subsampling=0))
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == 0x11  # the luma's sampling, 1 × 1
+    for sampling in (0x14, 0x41, 0x13, 0x33):
+        data[frame + 11] = sampling
+        for shape in ((3, HEIGHT, WIDTH), (1, HEIGHT, WIDTH)):
+            reference = outcome(bytes(data), shape, fast=False)
+            assert same(outcome(bytes(data), shape, fast=True), reference)
+
+
+def damaged_chunks(order: list[int]) -> bytes:
+    """An RGB PNG whose compressed lines stand in three chunks, with a comment as chunk 3, in this order."""
+    whole = FAST["RGB PNG"]
+    start = whole.index(b"IDAT") - 4
+    lines = whole[start + 8 : -16]
+    third = len(lines) // 3
+    parts = [
+        (b"IDAT", lines[:third]),
+        (b"IDAT", lines[third : 2 * third]),
+        (b"IDAT", lines[2 * third :]),
+        (b"tEXt", b"Comment\0x"),
+    ]
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in (parts[number] for number in order)
+    )
+    return whole[:start] + b"".join(chunks) + whole[-12:]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [3, 0, 1, 2], [0, 1, 2, 3], [0, 3, 1, 2], [0, 1], [1, 0, 2]])
+def test_a_png_in_several_chunks_is_what_pillow_says(order: list[int]) -> None:
+    shape = (3, HEIGHT, WIDTH)
+    reference = outcome(damaged_chunks(order), shape, fast=False)
+    assert same(outcome(damaged_chunks(order), shape, fast=True), reference)
+    assert isinstance(reference, str) == (order in ([0, 3, 1, 2], [0, 1], [1, 0, 2]))
+
+
+def test_a_png_that_holds_more_or_less_than_its_size_is_what_pillow_says() -> None:
+    lines = zlib.decompress(FAST["RGB PNG"][41:-16])
+    shape = (3, HEIGHT, WIDTH)
+    read = []
+    for body in (lines, lines[:-1], lines + b"\0", lines + bytes(10**6), b"\5" + lines[1:]):
+        data = png_of(WIDTH, HEIGHT, 8, 2, body)
+        reference = outcome(data, shape, fast=False)
+        assert same(outcome(data, shape, fast=True), reference)
+        read.append(not isinstance(reference, str))
+    assert read[0]
+    assert not all(read)
+
+
+@pytest.mark.parametrize("side", [1, 32, 150, 300])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_many_files_at_once_have_the_pixels_of_each_alone(side: int, channels: int) -> None:
+    """Every filter, and sizes at which one stored block holds many images, one, or a part of one."""
+    draw = np.random.default_rng(side)
+    files = []
+    for number in range(9):
+        smooth = np.add.outer(np.arange(side), np.arange(side)) * number // 2
+        pixels = (smooth[..., None] + draw.integers(0, 1 + 9 * number, (side, side, channels))).astype(
+            np.uint8
+        )
+        files.append(image_bytes(Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels), "PNG"))
+    places = [7, 0, 3, 9, 1, 2, 10, 5, 4]
+    batch = np.full((11, side, side, channels), 9, np.uint8)
+    assert decode_many(dict(zip(places, files, strict=True)), batch) == []
+    for place, data in zip(places, files, strict=True):
+        assert np.array_equal(batch[place].transpose(2, 0, 1), pillow(data))
+    assert (batch[[6, 8]] == 9).all()
+
+
+def test_of_many_files_the_bad_ones_are_named_and_the_others_read() -> None:
+    unknown_filter = png_of(WIDTH, HEIGHT, 8, 2, (b"\5" + bytes(3 * WIDTH)) * HEIGHT)
+    kinds = [FAST["RGB PNG"], unknown_filter, FAST["JPEG"], b"nothing", BY_PILLOW["RGBA"], FAST["stored PNG"]]
+    batch = np.zeros((len(kinds), HEIGHT, WIDTH, 3), np.uint8)
+    bad = decode_many(dict(enumerate(kinds)), batch)
+    expected = []
+    for place, data in enumerate(kinds):
+        reference = outcome(data, (3, HEIGHT, WIDTH), fast=False)
+        if isinstance(reference, str):
+            expected.append((place, reference))
+        else:
+            assert np.array_equal(batch[place].transpose(2, 0, 1), reference)
+    assert sorted(bad) == expected
+    assert [place for place, _ in expected][-2:] == [3, 4]
 
 
 def test_it_writes_into_the_middle_of_a_batch_and_nowhere_else() -> None:
