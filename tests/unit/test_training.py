@@ -645,7 +645,12 @@ def test_the_plan_counts_what_is_done_and_warns(short: Config) -> None:
     run = trained(with_train(short, steps=4))
     assert "4 done, 4 to go" in training_plan(open_run(short))
     assert "4 done, 0 to go" in training_plan(run)
-    abrupt = tiny_config(f"data.uri={short.data.uri}", "schedule.num_timesteps=3", "schedule.beta_end=0.001")
+    abrupt = tiny_config(
+        f"data.uri={short.data.uri}",
+        "schedule.num_timesteps=3",
+        "schedule.beta_end=0.001",
+        "sampler.num_steps=3",
+    )
     assert "warning    x_T is not close to N(0, I)" in training_plan(open_run(abrupt))
 
 
