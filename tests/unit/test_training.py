@@ -22,11 +22,12 @@ from pipelines.checkpoints import CheckpointError, Checkpoints, State
 from pipelines.config import Config, OptimizerConfig, load_config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
+from pipelines.held_out import held_out_bound
 from pipelines.plan import network_bytes, training_plan
 from pipelines.reader import StreamBatches
 from pipelines.storage import open_storage
 from pipelines.tracking import History
-from pipelines.train import Run, claim, held_out_bound, open_run, train
+from pipelines.train import Run, claim, open_run, train
 from pipelines.training import (
     Learner,
     SingleWorker,

@@ -16,11 +16,12 @@ from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.evaluate import _frames
+from pipelines.held_out import held_out_bound
 from pipelines.images import encode_png, to_uint8
 from pipelines.sampling import Recipe, UnitMaker, load_model, make_images, recipe_of, sample_set
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import open_storage
-from pipelines.train import _evaluate, held_out_bound, open_run
+from pipelines.train import _evaluate, open_run
 from pipelines.training import Learner, SingleWorker
 from tests.support.data import dataset_of, put_dataset, random_images
 from tests.support.runs import Batch, Kept, made_up_batches, tiny_config, together
