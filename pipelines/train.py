@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import platform
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from ddpm_core.samplers import SamplerConfig, sample
 from pipelines.checkpoints import Checkpoints, step_name
@@ -25,6 +25,7 @@ from pipelines.grids import grid_png
 from pipelines.held_out import bound_metrics, held_out_bound
 from pipelines.images import to_uint8
 from pipelines.reader import StreamBatches
+from pipelines.records import read_record
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
 from pipelines.training import Learner, World, is_due, streams_of
@@ -32,8 +33,20 @@ from pipelines.training import Learner, World, is_due, streams_of
 log = logging.getLogger(__name__)
 
 RUN_RECORD = "run.json"
+RUN_VERSION = 1
 _GRID = 64
 _PREVIEW_STEPS = 25
+
+
+class RunRecord(BaseModel):
+    """`run.json`: what a run is a function of."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int = RUN_VERSION
+    kind: str = "ddpm-run"
+    name: str
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,11 +103,11 @@ def _wrong_classes(config: Config, dataset: Dataset) -> list[str]:
 
 def claim(run: Run) -> None:
     """Write the run's record if it has none; refuse a folder whose record is another run's."""
-    record = {"format_version": 1, "kind": "ddpm-run", "name": run.name, "identity": run.identity}
-    if run.storage.put_if_absent(RUN_RECORD, json.dumps(record, indent=2).encode()):
+    record = RunRecord(name=run.name, identity=run.identity)
+    if run.storage.put_if_absent(RUN_RECORD, record.model_dump_json(indent=2).encode()):
         return
-    found = json.loads(run.storage.get(RUN_RECORD))
-    if digest(found.get("identity")) != digest(run.identity):
+    found = read_record(run.storage, RUN_RECORD, RunRecord, RUN_VERSION)
+    if digest(found.identity) != digest(run.identity):
         raise UserError(f"{run.storage.uri}/{RUN_RECORD}: belongs to another run; choose another name")
 
 

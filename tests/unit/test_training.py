@@ -615,8 +615,11 @@ def test_a_folder_of_another_run_is_refused(config: Config) -> None:
     run = open_run(config)
     claim(run)
     claim(run)
-    run.storage.put("run.json", b'{"format_version": 1, "identity": {"seed": 99}}')
+    run.storage.put("run.json", b'{"format_version": 1, "name": "x", "identity": {"seed": 99}}')
     with pytest.raises(UserError, match=r"run\.json: belongs to another run"):
+        claim(run)
+    run.storage.put("run.json", b'{"format_version": 1, "na')
+    with pytest.raises(UserError, match=r"run\.json: is not JSON; the object is damaged$"):
         claim(run)
 
 
