@@ -190,11 +190,16 @@ def _groups(config: Config) -> list[str]:
 
 
 def _shapes(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The tensors that the groups with a network's weights must have; traced, so that nothing is allocated."""
+    """The tensors that weights, averages and Adam's moments must have; traced, so that nothing is allocated."""
     with torch.device("meta"):
         network = build_network(config.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    return {group: shapes for group in _groups(config) if group.startswith(("weights", "ema"))}
+    moments: dict[str, tuple[int, ...]] = {}
+    for name, parameter in network.named_parameters():
+        shape = tuple(parameter.shape)
+        moments |= {f"step/{name}": (), f"exp_avg/{name}": shape, f"exp_avg_sq/{name}": shape}
+    groups = {group: shapes for group in _groups(config) if group.startswith(("weights", "ema"))}
+    return {**groups, "optimizer": moments}
 
 
 def _wrong_tensors(

@@ -201,6 +201,20 @@ def test_a_run_without_its_record_is_a_run(run: Path) -> None:
     assert only(run) == "RUN/run.json: is missing, though there are checkpoints"
 
 
+@pytest.mark.parametrize("group", ["weights", "ema", "ema-0.1", "optimizer"])
+def test_a_tensor_that_is_not_there_is_named_in_every_group(run: Path, group: str) -> None:
+    [path] = [one for one in (run / STEP).iterdir() if one.name.rpartition("-")[0] == group]
+    tensors = safetensors.torch.load(path.read_bytes())
+    name = sorted(tensors)[-1]
+    del tensors[name]
+    data = safetensors.torch.save(tensors)
+    path.write_bytes(data)
+    values = json.loads((run / COMMIT).read_text())
+    values["objects"][group] |= {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (run / COMMIT).write_text(json.dumps(values))
+    assert only(run).startswith(f"RUN/{STEP}/{path.name}: {name!r}: has no such tensor")
+
+
 def test_tensors_that_are_not_the_networks_are_named_though_every_hash_is_right(run: Path) -> None:
     tensors = safetensors.torch.load(object_of(run, "weights").read_bytes())
     name = sorted(tensors)[0]
