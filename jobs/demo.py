@@ -79,6 +79,13 @@ class _StepFailed(UserError):
     exit_code = 1
 
 
+def _sampled(report: dict[str, Any]) -> list[str]:
+    bound, of = report["sampler_bound"], report["sampler_bound_of"]
+    if bound is None:
+        return []
+    return [f"    the same of what is sampled {bound['total']:.3f} ± {bound['total_stderr']:.3f} ({of})"]
+
+
 def summary(out: Path, took: list[tuple[str, float]]) -> str:
     """The table at the end: what was measured, how long it took, where to look."""
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
@@ -93,6 +100,7 @@ def summary(out: Path, took: list[tuple[str, float]]) -> str:
         f"  held-out bits/dim             {bound['total']:.3f} ± {bound['total_stderr']:.3f} "
         f"after {report['step']} steps (reconstruction {bound['reconstruction']:.3f}, consistency "
         f"{bound['consistency']:.3f}, prior {bound['prior']:.1e})",
+        *_sampled(report),
         f"  best schedule of the sweep    T = {best['num_timesteps']}, β {best['beta_start']:.2g} … "
         f"{best['beta_end']:.2g}: {best['bits_per_dim']:.3f} bits/dim after {best['step']} steps",
         f"  images made                   {report['num_samples']}",

@@ -25,7 +25,11 @@ Judge the samples that `ddpm sample` made with this configuration, and their mod
 
 Fréchet and kernel distance of the samples to held-out images, beside those of real training images and of
 noise, between equally many images.  They are taken in the features of a small classifier that is trained on
-the data set, so they are not FID.  And the model's bits/dim on all held-out images, with its three terms.
+the data set, so they are not FID.
+
+And bits/dim on all held-out images, with three terms: of the model (all T timesteps, bound.variance_type, x̂_0
+clipped), which is what training and sweeps compare; and of the chain that the images were drawn from, where the
+sampler has a bound (ancestral, or ddim with eta = 1).
 
 The report and the pictures go to STORAGE/evaluations/NAME-ID/, to MLflow, and to --out.  Called again for the
 same samples, data and settings it finds them done.
@@ -107,20 +111,29 @@ def table(report: dict[str, Any]) -> str:
         for d in report["distances"]
     ]
     shares = sorted(report["class_shares"].items(), key=lambda item: float(item[1]))
-    # of one image it is null
-    stderr = math.nan if bound["total_stderr"] is None else bound["total_stderr"]
     lines += [
         f"(in the features of {report['classifier']}, {report['classifier_accuracy']:.1%} right on held-out "
         "images; not FID)",
         f"classes    of {report['num_samples']} samples: rarest {shares[0][0]} {shares[0][1]:.1%}, "
         f"most frequent {shares[-1][0]} {shares[-1][1]:.1%}",
-        f"bits/dim   {bound['total']:.4f} ± {stderr:.4f} on {bound['num_images']} held-out images = "
-        f"reconstruction {bound['reconstruction']:.4f} + consistency {bound['consistency']:.4f} + "
-        f"prior {bound['prior']:.2g}",
-        "(the bound of ancestral sampling over all timesteps with bound.variance_type, whichever sampler made "
-        "the images)",
+        f"bits/dim   {_terms(bound)}",
+        f"           of the model ({report['bound_of']}), on {bound['num_images']} held-out images",
     ]
+    sampled, of = report["sampler_bound"], report["sampler_bound_of"]
+    if sampled is None:
+        lines.append(f"           of what is sampled: none; {of}")
+    else:
+        lines += [f"           {_terms(sampled)}", f"           of what is sampled ({of})"]
     return "\n".join(lines)
+
+
+def _terms(bound: dict[str, Any]) -> str:
+    # of one image it is null
+    stderr = math.nan if bound["total_stderr"] is None else bound["total_stderr"]
+    return (
+        f"{bound['total']:.4f} ± {stderr:.4f} = reconstruction {bound['reconstruction']:.4f} + "
+        f"consistency {bound['consistency']:.4f} + prior {bound['prior']:.2g}"
+    )
 
 
 def _track(run: Run, place: Storage, done: Finished) -> None:
@@ -140,6 +153,8 @@ def _track(run: Run, place: Storage, done: Finished) -> None:
         place,
     )
     metrics = {"bits_per_dim": report["bound"]["total"]}
+    if report["sampler_bound"] is not None:
+        metrics["sampled_bits_per_dim"] = report["sampler_bound"]["total"]
     for distance in report["distances"]:
         metrics[f"frechet/{distance['name']}"] = distance["frechet"]
         metrics[f"kernel/{distance['name']}"] = distance["kernel"]

@@ -8,26 +8,32 @@ import json
 from jobs import common
 
 DESCRIPTION = """\
-Prove that a data set is whole and what its record says it is.
+Prove that a data set, a run, a checkpoint or a sample set is whole and what its records say it is.
 
-Every shard is read: its size and SHA-256, its index against its tar, the checksum and label of every sample.
-With --deep every image is decoded too.  Each thing that is wrong is a line on standard output.
+What lies at the address is told by its commit record.  Of a data set or a sample set every shard is read: its
+SHA-256, its index against its tar, the checksum and label of every sample; of a sample set also that every image is
+there once.  Of a run every object of every checkpoint: its size and SHA-256, its tensors against the network, and
+that the configuration makes this run.  With --deep every image is decoded, and every weight must be finite.
+Each thing that is wrong is a line on standard output; what killed attempts left is a note.
 """
 
 EPILOG = """\
 examples:
   ddpm verify s3://bucket/photos-64
   ddpm verify ./digits --deep
-  ddpm verify s3://bucket/photos-64 --json | jq .problems
+  ddpm verify s3://bucket/runs/digits-0123456789
+  ddpm verify s3://bucket/runs/digits-0123456789/checkpoints/step-000001500
+  ddpm verify s3://bucket/samples/digits-0123456789 --json | jq .problems
 
-exit code: 0 the data set is whole, 1 something is wrong with it, 2 there is no data set or a mistake.
+exit code: 0 it is whole, 1 something is wrong with it, 2 there is none (or a data set whose record can't be
+read) or a mistake.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("dataset", metavar="DATASET", help="s3://BUCKET/PREFIX, file:///FOLDER or a folder")
-    parser.add_argument("--deep", action="store_true", help="decode every image")
+    parser.add_argument("address", metavar="ADDRESS", help="s3://BUCKET/PREFIX, file:///FOLDER or a folder")
+    parser.add_argument("--deep", action="store_true", help="decode every image, look at every number")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -36,24 +42,33 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from pipelines.dataset import Dataset
-    from pipelines.verify import summary, verify
+    from pipelines.verify import verify
 
-    dataset = Dataset.load(arguments.dataset)
-    with tqdm(unit="image", mininterval=1, disable=None) as bar:
+    with tqdm(mininterval=1, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        verified = verify(dataset, deep=arguments.deep, progress=progress)
+        found = verify(arguments.address, deep=arguments.deep, progress=progress)
     if arguments.json:
-        print(json.dumps(summary(dataset, verified, arguments.deep), indent=2, ensure_ascii=False))
+        print(json.dumps(found.summary(arguments.deep), indent=2, ensure_ascii=False))
     else:
-        for problem in verified.problems:
+        for problem in found.problems:
             print(problem)
-        looked = f"{verified.samples} samples in {verified.shards} shards, {verified.num_bytes} bytes"
-        depth = "every image decoded" if arguments.deep else "no image decoded (--deep does)"
-        outcome = f"{len(verified.problems)} problems" if verified.problems else "whole"
-        print(f"data set {dataset.identity[:10]}: {outcome}; {looked}, {depth}; {dataset.uri}")
-    return 1 if verified.problems else 0
+        for note in found.notes:
+            print(f"note: {note}")
+        looked = ", ".join(f"{number} {_WORDS.get(name, name)}" for name, number in found.looked.items())
+        inside = "number looked at" if found.kind in ("run", "checkpoint") else "image decoded"
+        depth = f"every {inside}" if arguments.deep else f"no {inside} (--deep does)"
+        outcome = f"{len(found.problems)} problems" if found.problems else "whole"
+        called = found.identity[:10] if found.kind in ("data set", "checkpoint") else _name(found.uri)
+        print(f"{found.kind} {called}: {outcome}; {looked}, {depth}; {found.uri}")
+    return 1 if found.problems else 0
+
+
+_WORDS = {"num_bytes": "bytes"}
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]

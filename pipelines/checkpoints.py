@@ -279,5 +279,6 @@ def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
 def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
-    except SafetensorError as error:
+    # the others: a header that is well formed and names a dtype or a size that there is not
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{where}: is not safetensors: {one_line(error)}") from None

@@ -27,6 +27,7 @@ from pipelines.errors import UserError, one_line
 from pipelines.png import PngEncoder
 from pipelines.precision import Precision
 from pipelines.telling import validated
+from pipelines.unused_settings import left_over, unused_settings
 
 FORMAT_VERSION = 1
 
@@ -329,7 +330,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_config(
     text: str, overrides: list[str] | tuple[str, ...] = (), *, where: str = "configuration"
 ) -> Config:
-    """As `load_config`, from the YAML text itself; `where` names it in errors."""
+    """As `load_config`, from the YAML text itself; `where` names it in errors.
+
+    A setting that has no effect beside the others is a mistake, unless it only lost its effect by an override: a
+    file's `schedule.beta_end` is passed over where `--set` makes the schedule another kind.
+    """
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
@@ -349,7 +354,20 @@ def parse_config(
             mistakes.append(str(error))
     if mistakes:
         raise UserError("\n".join(mistakes))
-    return validated(Config, values, where)
+    config = validated(Config, values, where)
+    given = {override.partition("=")[0] for override in overrides}
+    unused = unused_settings(config)
+    if dropped := [one for one in unused if left_over(one, given)]:
+        for one in dropped:
+            del values[one.section][one.name]
+        config = validated(Config, values, where)
+    # not when a checkpoint's configuration is read: a run that is there already is what it is
+    mistakes = [one.mistake for one in unused if one not in dropped] + config_checks.mistakes_of_a_file(
+        config
+    )
+    if mistakes:
+        raise UserError("\n".join(f"{where}: {mistake}" for mistake in mistakes))
+    return config
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -23,6 +23,24 @@ def mistakes(config: Config) -> list[str]:
     ]
 
 
+def mistakes_of_a_file(config: Config) -> list[str]:
+    """What besides would only be found, or passed over in silence, when a sampler or a sweep starts."""
+    found = []
+    steps, num_timesteps = config.sampler.num_steps, config.schedule.num_timesteps
+    if steps is not None and steps > num_timesteps:
+        found.append(
+            f"sampler.num_steps: must be at most schedule.num_timesteps {num_timesteps}, got {steps}; null visits "
+            "all"
+        )
+    tune = config.tune
+    if tune.grace_steps > tune.steps:
+        found.append(
+            f"tune.grace_steps: must be at most tune.steps {tune.steps}, got {tune.grace_steps}; no trial could be "
+            "stopped early"
+        )
+    return found
+
+
 def _workers(config: Config) -> list[str]:
     if config.workers.num <= config.train.micro_batches:
         return []

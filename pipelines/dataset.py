@@ -138,7 +138,7 @@ def load_from(storage: Storage) -> Dataset:
         record = json.loads(raw)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not the record of a data set ({one_line(error, 120)})") from None
     if record.get("version") != VERSION:
         raise DataError(

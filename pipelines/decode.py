@@ -33,9 +33,9 @@ _HEADER_BYTES = 33
 _STORED_BYTES = 0xFFFF
 _SPNG_FORMAT = {1: spng.SPNG_FMT_G8, 3: spng.SPNG_FMT_RGB8}
 _PNG_COLOUR_TYPE = {1: 0, 3: 2}
-# chunks that stand beside the pixels and change none of them (fdEC is fpng's mark of its own files), with the length
-# at which Pillow can read them, where it reads them; what it unpacks (iCCP, zTXt, iTXt) may be more than it takes,
-# and is left to it
+# chunks that stand beside the pixels and change none of them (fdEC is fpng's mark of its files), with the length at
+# which Pillow can read them, where it reads them; what it unpacks (iCCP, zTXt, iTXt) may be more than it takes, and
+# is left to it
 _HARMLESS = {
     b"sRGB": 1,
     b"gAMA": 4,

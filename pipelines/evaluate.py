@@ -29,6 +29,7 @@ from pipelines.dataset import Dataset
 from pipelines.distances import frechet_distance, kernel_distance
 from pipelines.errors import UserError
 from pipelines.features import Classifier, train_classifier
+from pipelines.held_out import held_out_bound, model_chain, sampler_chain
 from pipelines.images import to_uint8
 from pipelines.reader import read_split
 from pipelines.records import (
@@ -44,12 +45,11 @@ from pipelines.sample_set import SampleSet
 from pipelines.sampling import load_model
 from pipelines.storage import ObjectMissing, Storage, open_storage
 from pipelines.tracking import History
-from pipelines.train import held_out_bound
 from pipelines.training import SingleWorker
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD = "evaluation.json"
 Pixels = NDArray[np.uint8]
 
@@ -86,14 +86,25 @@ class Evaluation:
     class_shares: dict[str, float]
     """Share of each class in the whole sample set, as the classifier decides."""
     bound: BoundEstimate
+    """Of the model's own chain, whichever sampler made the images."""
+    bound_of: str
+    """Which chain that is."""
+    sampler_bound: BoundEstimate | None
+    """Of the chain that the images were drawn from, if it has one."""
+    sampler_bound_of: str
+    """Which chain that is, or why it has none."""
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        # a t that was never drawn has no value, nor has the spread of one image; JSON calls that null
-        bound = {name: None if np.isscalar(v) and np.isnan(v) else v for name, v in values["bound"].items()}
-        bound["per_t"] = [None if np.isnan(term) else term for term in self.bound.per_t]
-        values["bound"] = bound
+        values["bound"] = _plain(self.bound)
+        values["sampler_bound"] = None if self.sampler_bound is None else _plain(self.sampler_bound)
         return {"format_version": FORMAT_VERSION, **values}
+
+
+def _plain(bound: BoundEstimate) -> dict[str, Any]:
+    # a t that was never drawn has no value, nor has the spread of one image; JSON calls that null
+    values = {name: None if np.isscalar(v) and np.isnan(v) else v for name, v in asdict(bound).items()}
+    return {**values, "per_t": [None if np.isnan(term) else term for term in bound.per_t]}
 
 
 class EvaluationError(RecordError):
@@ -202,10 +213,7 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
         for name, images in (("samples", made), ("real", train_images[:count]), ("noise", noise))
     ]
     log.info("bound on %d held-out images", len(test_images))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = load_model(checkpoint, device)
-    trained = checkpoint_config(checkpoint).model_copy(update={"bound": config.bound})
-    bound = held_out_bound(dataset, trained, model, SingleWorker(device), None)
+    bounds = _bounds(config, dataset, checkpoint)
     return Evaluation(
         checkpoint=checkpoint.uri,
         step=checkpoint.step,
@@ -216,8 +224,31 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
         classifier_accuracy=classifier.accuracy(test_images, test_labels),
         distances=distances,
         class_shares={name: float(share) for name, share in zip(dataset.classes, shares, strict=True)},
-        bound=bound,
+        **bounds,
     )
+
+
+def _bounds(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of an `Evaluation` that say bits/dim: of the model's chain and of the sampler's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _ = load_model(checkpoint, device)
+    asked = {name: getattr(config, name) for name in ("bound", "sampler", "sample")}
+    trained = checkpoint_config(checkpoint).model_copy(update=asked)
+    own = model_chain(trained)
+    bound = held_out_bound(dataset, trained, model, SingleWorker(device), None, own)
+    sampled: BoundEstimate | None = None
+    try:
+        chain = sampler_chain(trained)
+    except ValueError as error:
+        of = f"sampler.{error}"
+    else:
+        of = chain.told()
+        # equal words are equal chains: they name all that a configuration can choose
+        same = of == own.told()
+        sampled = (
+            bound if same else held_out_bound(dataset, trained, model, SingleWorker(device), None, chain)
+        )
+    return {"bound": bound, "bound_of": own.told(), "sampler_bound": sampled, "sampler_bound_of": of}
 
 
 def _load(dataset: Dataset, split: str) -> tuple[Pixels, NDArray[np.int64]]:

@@ -11,12 +11,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.errors import UserError
-from pipelines.storage import ObjectMissing, Storage
+from pipelines.storage import ObjectMissing, Storage, checked_key
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +28,23 @@ class RecordError(UserError):
     """A record or an object that it names is missing, damaged, or of a format that this version does not read."""
 
 
+def _key_below(key: str) -> str:
+    """A key that a record names, which must not lead out of the record's own prefix."""
+    try:
+        return checked_key(key)
+    except UserError as error:
+        # as pydantic takes it
+        raise ValueError(str(error)) from None
+
+
 class ObjectRecord(BaseModel):
     """One object of a commit: where, how large, and its SHA-256."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    key: str
-    num_bytes: int
-    sha256: str
+    key: Annotated[str, AfterValidator(_key_below)]
+    num_bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def read_record(
@@ -49,7 +58,7 @@ def read_record(
     data = storage.get(key)
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: brackets by the thousand
         raise error(f"{where}: is not JSON; the object is damaged") from None
     found = values.get("format_version") if isinstance(values, dict) else None
     if found != version:
@@ -58,7 +67,8 @@ def read_record(
         return model.model_validate(values)
     except ValidationError as invalid:
         problem = invalid.errors()[0]
-        raise error(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise error(f"{where}: {'.'.join(map(str, problem['loc']))}: {reason}") from None
 
 
 def read_checked(storage: Storage, record: ObjectRecord, error: type[RecordError] = RecordError) -> bytes:

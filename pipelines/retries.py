@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import time
 from collections.abc import Callable
@@ -40,6 +41,41 @@ class Budget:
 
 
 BUDGET = Budget()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a body must come at least: `num_bytes` in every `window_s`, whatever came before.
+
+    At these defaults a shard of 64 MiB may take 4.5 hours, and a server that sends a byte a second is given up
+    after half a minute, as one that sends nothing is.
+    """
+
+    num_bytes: int = 30 * 4096
+    window_s: float = 30.0
+
+
+PACE = Pace()
+_MOST_AT_ONCE = 2**20
+
+
+def read_steadily(read1: Callable[[int], bytes], pace: Pace | None = None) -> bytes:
+    """All that `read1` gives, which returns what there is, at most as many bytes as asked for, none at the end.
+
+    Raises `TryAgain` where it comes more slowly than `pace`. A timeout on each read is no limit: it begins again
+    with every byte.
+    """
+    pace = pace or PACE
+    body = io.BytesIO()
+    since, before = time.monotonic(), 0
+    while data := read1(_MOST_AT_ONCE):
+        body.write(data)
+        came = body.tell() - before
+        if came >= pace.num_bytes:
+            since, before = time.monotonic(), body.tell()
+        elif (elapsed := time.monotonic() - since) > pace.window_s:
+            raise TryAgain(f"could not be read whole: it comes too slowly, {came} bytes in {elapsed:.0f} s")
+    return body.getvalue()
 
 
 def insist(

@@ -98,8 +98,8 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     mistakes = []
     for section in ("schedule", "model", "objective"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
-        # networks of different kinds have different settings, and the kind says it all
-        keys = ["kind"] if section == "model" and ours["kind"] != theirs["kind"] else list(ours)
+        # networks and schedules of different kinds have different settings, and the kind says it all
+        keys = ["kind"] if ours.get("kind") != theirs.get("kind") else list(ours)
         mistakes += [
             f"{section}.{key}: {ours[key]}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
             for key in keys
@@ -107,11 +107,6 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
         ]
     if mistakes:
         raise UserError("\n".join(mistakes))
-    steps = config.sampler.num_steps
-    if steps is not None and steps > trained.schedule.num_timesteps:
-        raise UserError(
-            f"sampler.num_steps: {steps}, but the checkpoint's schedule has {trained.schedule.num_timesteps} steps"
-        )
     size, channels = trained.model.image_size, trained.model.in_channels
     return Recipe(
         config.name,

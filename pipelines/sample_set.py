@@ -122,7 +122,7 @@ class SampleSet:
         )
         replaced: list[ObjectRecord] = []
         standing = commit_first(
-            self.storage, _unit_key(unit), commit, (shard, index), lambda: self._whole_unit(unit, replaced)
+            self.storage, unit_key(unit), commit, (shard, index), lambda: self._whole_unit(unit, replaced)
         )
         discard(self.storage, replaced)
         return standing or commit
@@ -143,7 +143,7 @@ class SampleSet:
         return found
 
     def unit(self, unit: int) -> UnitCommit:
-        return read_record(self.storage, _unit_key(unit), UnitCommit, FORMAT_VERSION, SampleSetError)
+        return read_record(self.storage, unit_key(unit), UnitCommit, FORMAT_VERSION, SampleSetError)
 
     def finish(self, recipe: Recipe) -> SetRecord:
         """Write the record of the whole, once every unit is committed."""
@@ -175,7 +175,7 @@ class SampleSet:
         are so few that this takes a moment.
         """
         sizes = {info.key: info.num_bytes for info in self.storage.list()}
-        committed = [unit for unit in range(num_units(recipe)) if _unit_key(unit) in sizes]
+        committed = [unit for unit in range(num_units(recipe)) if unit_key(unit) in sizes]
         damage: list[str] = []
         try:
             named = {unit.unit: unit for unit in self.record().units} if RECORD in sizes else {}
@@ -236,5 +236,5 @@ def sample_set(config: Config, recipe: Recipe) -> SampleSet:
     return SampleSet(open_storage(config.storage).child("samples", recipe.set_name()))
 
 
-def _unit_key(unit: int) -> str:
+def unit_key(unit: int) -> str:
     return f"units/unit-{unit:06d}.json"

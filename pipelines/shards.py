@@ -173,14 +173,17 @@ def parse_index(data: bytes) -> ShardIndex:
         name: table.column(name).to_numpy().astype(np.int64)
         for name in ("offset", "length", "label", "crc32c")
     }
-    num_bytes = int(metadata[_TAR_BYTES_KEY])
+    try:
+        num_bytes, tar_sha256 = int(metadata[_TAR_BYTES_KEY]), metadata[_TAR_SHA256_KEY].decode("ascii")
+    except (KeyError, ValueError):
+        raise ValueError("a shard index that does not say the size and SHA-256 of its tar") from None
     offset, length = columns["offset"], columns["length"]
     if len(table) and ((offset < 0).any() or (length < 0).any() or (offset + length > num_bytes).any()):
         raise ValueError("a shard index that points outside its tar")
     return ShardIndex(
         key=table.column("key"),
         tar_num_bytes=num_bytes,
-        tar_sha256=metadata[_TAR_SHA256_KEY].decode("ascii"),
+        tar_sha256=tar_sha256,
         **columns,
     )
 

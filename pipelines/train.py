@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict
 
-from ddpm_core.bound import BoundAccumulator, BoundEstimate
-from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import SamplerConfig, sample
-from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints, step_name
-from pipelines.conditioning import conditioned, fitted, network_labels
+from pipelines.conditioning import conditioned, fitted
 from pipelines.config import Config, digest
 from pipelines.dataset import Dataset
 from pipelines.disk_cache import fetch_through
 from pipelines.errors import UserError
 from pipelines.grids import grid_png
-from pipelines.images import to_model, to_uint8
-from pipelines.reader import StreamBatches, read_split
+from pipelines.held_out import bound_metrics, held_out_bound
+from pipelines.images import to_uint8
+from pipelines.reader import StreamBatches
+from pipelines.records import read_record
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
 from pipelines.training import Learner, World, is_due, streams_of
@@ -36,9 +33,20 @@ from pipelines.training import Learner, World, is_due, streams_of
 log = logging.getLogger(__name__)
 
 RUN_RECORD = "run.json"
+RUN_VERSION = 1
 _GRID = 64
 _PREVIEW_STEPS = 25
-_EVAL_BATCH = 128
+
+
+class RunRecord(BaseModel):
+    """`run.json`: what a run is a function of."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int = RUN_VERSION
+    kind: str = "ddpm-run"
+    name: str
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,11 @@ def _wrong_classes(config: Config, dataset: Dataset) -> list[str]:
 
 def claim(run: Run) -> None:
     """Write the run's record if it has none; refuse a folder whose record is another run's."""
-    record = {"format_version": 1, "kind": "ddpm-run", "name": run.name, "identity": run.identity}
-    if run.storage.put_if_absent(RUN_RECORD, json.dumps(record, indent=2).encode()):
+    record = RunRecord(name=run.name, identity=run.identity)
+    if run.storage.put_if_absent(RUN_RECORD, record.model_dump_json(indent=2).encode()):
         return
-    found = json.loads(run.storage.get(RUN_RECORD))
-    if digest(found.get("identity")) != digest(run.identity):
+    found = read_record(run.storage, RUN_RECORD, RunRecord, RUN_VERSION)
+    if digest(found.identity) != digest(run.identity):
         raise UserError(f"{run.storage.uri}/{RUN_RECORD}: belongs to another run; choose another name")
 
 
@@ -261,51 +269,6 @@ class _Clock:
         self._steps, self._spent_s = 0, 0.0
         self.resume()
         return rate
-
-
-def held_out_bound(
-    dataset: Dataset, config: Config, model: nn.Module, world: World, num_images: int | None
-) -> BoundEstimate:
-    """The bound of a network on held-out images, bits/dim; the workers share the images and the result."""
-    total = dataset.count("test")
-    total = total if num_images is None else min(total, num_images)
-    schedule = Schedule.from_config(config.schedule).to(world.device)
-    classes = config.model.num_classes
-    accumulator = BoundAccumulator(
-        ReverseProcess(schedule, config.objective.prediction_type, config.bound.variance_type),
-        levels=dataset.levels,
-        num_strata=config.bound.num_strata,
-        seed=config.seed,
-    )
-    start, stop = world.rank * total // world.size, (world.rank + 1) * total // world.size
-    with torch.inference_mode():
-        for index, images, label in _held_out(dataset, start, stop):
-            x_start = to_model(images, dataset.levels).to(world.device)
-            labels = None if classes is None else network_labels(label.to(world.device), classes)
-            accumulator.add(conditioned(model, schedule, labels), x_start, index.to(world.device))
-    state = accumulator.state().to(world.device)
-    world.all_reduce(state)
-    accumulator.load_state(state.cpu())
-    return accumulator.result()
-
-
-def _held_out(dataset: Dataset, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for first in range(start, stop, _EVAL_BATCH):
-        last = min(first + _EVAL_BATCH, stop)
-        samples = list(read_split(dataset, "test", first, last))
-        images = torch.from_numpy(np.stack([image for _, image, _ in samples]))
-        yield torch.arange(first, last), images, torch.tensor([label for _, _, label in samples])
-
-
-def bound_metrics(estimate: BoundEstimate) -> dict[str, float]:
-    """The bound as metrics, bits/dim with standard errors."""
-    return {
-        "held_out/total": estimate.total,
-        "held_out/total_stderr": estimate.total_stderr,
-        "held_out/reconstruction": estimate.reconstruction,
-        "held_out/consistency": estimate.consistency,
-        "held_out/prior": estimate.prior,
-    }
 
 
 def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
 from pipelines.errors import UserError, one_line, without_password
-from pipelines.retries import TryAgain, insist
+from pipelines.retries import TryAgain, insist, read_steadily
 from pipelines.storage import ObjectInfo, ObjectMissing, StorageError, checked_key
 
 Result = TypeVar("Result")
@@ -225,7 +225,7 @@ def _stated_length(response: urllib3.BaseHTTPResponse) -> int | None:
 
 
 def _body(response: urllib3.BaseHTTPResponse, expected: int | None) -> bytes:
-    data = response.read(decode_content=False)
+    data = read_steadily(lambda most: response.read1(most, decode_content=False))
     if expected is not None and len(data) != expected:
         raise TryAgain(f"could not be read whole: {len(data)} of {expected} bytes came")
     return data

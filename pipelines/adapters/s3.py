@@ -28,15 +28,16 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from pipelines.errors import UserError, one_line, without_password
-from pipelines.retries import TryAgain, insist
+from pipelines.retries import TryAgain, insist, read_steadily
 from pipelines.storage import ObjectInfo, ObjectMissing, StorageError, checked_key
 
 Result = TypeVar("Result")
 
 CONNECT_TIMEOUT_S = 5
-# without a byte; a body that comes slowly is no stall
+# without a byte; how slowly a body may come is `retries.Pace`
 READ_TIMEOUT_S = 30
 # Up to this size an object that is read is compared with its ETag. Larger ones are shards and weights, which
 # their reader compares with a SHA-256; hashing them twice would cost a good part of the reading.
@@ -54,7 +55,7 @@ _BAD_CREDENTIALS = {
 # what passes by itself: overload, a server's fault, a request that was altered or starved on its way
 _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 _PASSING = {"RequestTimeout", "SlowDown", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
-_BROKEN_BODY = (IncompleteReadError, HTTPClientError, ReadTimeoutError, ConnectionError, OSError)
+_BROKEN_BODY = (HTTPError, OSError)
 _WRITER = "ddpm-writer"
 
 
@@ -302,7 +303,11 @@ class S3Storage:
 def _body(response: Any, expected: int) -> bytes:
     """All bytes of an answer; `TryAgain` where there are not as many as `expected`, or the line breaks."""
     try:
-        data: bytes = response["Body"].read()
+        # botocore's own stream can only wait for all that is asked for, a byte a second included
+        data = read_steadily(response["Body"]._raw_stream.read1)
+    except TryAgain:
+        response["Body"].close()
+        raise
     except _BROKEN_BODY as error:
         raise TryAgain(f"could not be read whole: {one_line(error)}") from None
     if len(data) != expected:

@@ -14,7 +14,7 @@ from pipelines.adapters import s3
 from pipelines.dataset import DataError
 from pipelines.prepare import prepare
 from pipelines.reader import fetch_verified, read_split
-from pipelines.retries import Budget
+from pipelines.retries import Budget, Pace
 from pipelines.shards import sha256
 from pipelines.storage import Storage, StorageError, open_storage
 from tests.support.data import random_images, write_image
@@ -118,6 +118,27 @@ def test_what_is_always_spoilt_is_named(
             assert f"(tried {tries} times in " in message
             assert proxy.counts["requests"] == tries
             assert proxy.counts[kind] == tries or kind == "stall"
+
+
+def test_a_body_that_trickles_is_asked_for_again_and_given_up_in_the_end(
+    proxy: FaultProxy, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 50 bytes a second the half of it would take hours, and no single read would time out."""
+    monkeypatch.setattr(retries, "PACE", Pace(num_bytes=1000, window_s=0.3))
+    reads = (lambda: storage.get("large"), lambda: storage.get_range("large", 0, len(LARGE)))
+    for read in reads:
+        proxy.counts.clear()
+        proxy.faults = only("trickle", 1)
+        assert read() == LARGE
+        assert proxy.counts["trickle"] == 1
+    monkeypatch.setattr(retries, "BUDGET", Budget(tries=2, first_pause_s=0.002))
+    proxy.faults = only("trickle")
+    for read in reads:
+        proxy.counts.clear()
+        message = one_line(read)
+        assert message.startswith(f"{storage.uri}/large: could not be read whole: it comes too slowly, ")
+        assert "(tried 2 times in " in message
+        assert proxy.counts["trickle"] == 2
 
 
 def test_an_etag_that_is_no_hash_of_the_bytes_is_not_held_against_them() -> None:

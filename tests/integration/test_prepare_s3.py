@@ -25,7 +25,7 @@ from pipelines.prepare import prepare
 from pipelines.reader import StreamBatches, read_split
 from pipelines.shards import Sample, pack
 from pipelines.storage import StorageError, open_storage
-from pipelines.verify import verify
+from pipelines.verify_dataset import verify_dataset as verify
 from tests.support.data import random_images, write_image
 from tests.support.s3 import S3Server, client
 

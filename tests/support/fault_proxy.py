@@ -27,8 +27,9 @@ class Faults:
 
     `unavailable`: 503 before the server hears of it. The others come after the server did its work. `reset`: the
     connection is reset in mid-body, `short`: closed in good order there. `flip`: one bit of the body is another,
-    or, of a request that has a body, one of that. `stall`: nothing more comes after half of the body. An answer
-    without a body is reset, cut or held up before its first byte.
+    or, of a request that has a body, one of that. `stall`: nothing more comes after half of the body. `trickle`:
+    the second half comes a byte at a time, 50 of them a second. An answer without a body is reset, cut or held up
+    before its first byte.
     """
 
     unavailable: float = 0.0
@@ -36,12 +37,13 @@ class Faults:
     short: float = 0.0
     flip: float = 0.0
     stall: float = 0.0
+    trickle: float = 0.0
     applies: Callable[[str, str], bool] = field(default=lambda method, path: True)
 
     def draw(self, draw: random.Random) -> str:
         """The name of a fault, or "" """
         mark = draw.random()
-        for name in ("unavailable", "reset", "short", "flip", "stall"):
+        for name in ("unavailable", "reset", "short", "flip", "stall", "trickle"):
             mark -= getattr(self, name)
             if mark < 0:
                 return name
@@ -138,6 +140,14 @@ class FaultProxy:
         self.counts[fault or "passed"] += 1
         if fault == "flip":
             body = _flipped(body, draw)
+        elif fault == "trickle" and body:
+            client.writer.write(head + body[: len(body) // 2])
+            for position in range(len(body) // 2, len(body)):
+                # until the client gives up
+                await client.writer.drain()
+                await asyncio.sleep(0.02)
+                client.writer.write(body[position : position + 1])
+            return False
         elif fault in ("reset", "short", "stall"):
             if body:
                 client.writer.write(head + body[: len(body) // 2])

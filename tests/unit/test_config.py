@@ -200,6 +200,14 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
             "my.yaml: tune.beta_start: must be a range [low, high] in (0, 1), got [0.5, 0.1]",
         ),
         (
+            "tune.steps=3999",
+            "my.yaml: tune.grace_steps: must be at most tune.steps 3999, got 4000; no trial could be stopped early",
+        ),
+        (
+            "sampler.num_steps=51",
+            "my.yaml: sampler.num_steps: must be at most schedule.num_timesteps 50, got 51; null visits all",
+        ),
+        (
             "optimizer.learning_rate=.nan",
             "my.yaml: optimizer.learning_rate: input should be a finite number, got nan",
         ),
@@ -420,11 +428,17 @@ LEARNED = (
     "model.learned_variance=true & objective.loss=hybrid & objective.variance_type=learned_range & "
     "bound.variance_type=learned_range"
 )
+COSINE, SIGMOID, LOG_SNR = (f"schedule.kind={kind}" for kind in ("cosine", "sigmoid", "log_snr"))
 WHAT = [
     "name=other", "seed=1", "data.flip=false", "schedule.kind=cosine", "schedule.num_timesteps=51",
-    "schedule.beta_start=0.0002", "schedule.beta_end=0.3", "schedule.cosine_s=0.01", "schedule.beta_max=0.9",
-    "schedule.warmup_fraction=0.2", "schedule.sigmoid_start=-2", "schedule.sigmoid_end=2", "schedule.sigmoid_tau=2",
-    "schedule.log_snr_max=9", "schedule.log_snr_min=-9", "schedule.betas=[0.1]", "schedule.alphas_cumprod=[0.9]",
+    "schedule.beta_start=0.0002", "schedule.beta_end=0.3", f"{COSINE} & schedule.cosine_s=0.01",
+    f"{COSINE} & schedule.beta_max=0.9", "schedule.kind=warmup",
+    "schedule.kind=warmup & schedule.warmup_fraction=0.2",
+    f"{SIGMOID} & schedule.sigmoid_start=-2", f"{SIGMOID} & schedule.sigmoid_end=2",
+    f"{SIGMOID} & schedule.sigmoid_tau=2", f"{LOG_SNR} & schedule.log_snr_max=9",
+    f"{LOG_SNR} & schedule.log_snr_min=-9",
+    f"schedule.kind=betas & schedule.betas={[0.1] * 50}",
+    f"schedule.kind=alphas_cumprod & schedule.alphas_cumprod={[0.9**number for number in range(1, 51)]}",
     "schedule.zero_terminal_snr=true & objective.prediction_type=x_start",
     "model.base_channels=12", "model.channel_mults=[1, 1]", "model.num_res_blocks=2",
     "model.attention_resolutions=[8]", "model.dropout=0.1", "model.num_groups=2", "model.image_size=16",
@@ -435,9 +449,14 @@ WHAT = [
     "ema.warmup=false", "ema={half_life_images: 1000}", "ema={half_life_images: 1000, ramp_ratio: 0.05}",
     "ema.power_sigma_rels=[0.05]", "train.batch_size=16", "train.micro_batches=2",
     "train.precision=bfloat16", "train.precision=float32", "train.compile=true",
-    "objective.prediction_type=v", "objective.loss=vlb", "objective.weighting=snr", "objective.min_snr_gamma=4",
-    "objective.p2_gamma=2", "objective.p2_k=2", "objective.vlb_weight=0.01", "objective.variance_type=fixed_large",
-    "objective.timestep_sampling=loss_second_moment", "objective.label_dropout=0.2",
+    "objective.prediction_type=v", "objective.loss=vlb",
+    "objective.loss=vlb & objective.variance_type=fixed_large",
+    "objective.weighting=snr", "objective.weighting=min_snr",
+    "objective.weighting=min_snr & objective.min_snr_gamma=4",
+    "objective.weighting=p2", "objective.weighting=p2 & objective.p2_gamma=2",
+    "objective.weighting=p2 & objective.p2_k=2",
+    f"{LEARNED} & objective.vlb_weight=0.01", "objective.timestep_sampling=loss_second_moment",
+    "model.num_classes=10 & objective.label_dropout=0.2",
 ]  # fmt: skip
 
 
@@ -503,7 +522,7 @@ def test_a_mistake_in_a_transformer_names_its_field(override: str, message: str)
 
 def test_every_field_is_on_one_of_the_two_lists() -> None:
     """A new setting must be put into the identity, or be found not to belong there."""
-    named = {override.split("=")[0] for override in (*WHERE_AND_HOW_LONG, *WHAT)}
+    named = {part.split("=")[0] for one in (*WHERE_AND_HOW_LONG, *WHAT) for part in one.split(" & ")}
     # of another kind the whole section is another one: DIT, below
     named |= {"model.kind", "ema.half_life_images", "ema.ramp_ratio"}
     # of these only the part that a mass-generated set or a sweep is made with; they have identities of their own

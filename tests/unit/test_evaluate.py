@@ -9,11 +9,14 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ddpm_core.bound import BoundEstimate
+from jobs.evaluate import table
 from pipelines import evaluate as module
 from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
@@ -30,6 +33,7 @@ from pipelines.evaluate import (
     find_evaluation,
 )
 from pipelines.features import train_classifier
+from pipelines.held_out import Chain, held_out_bound
 from pipelines.images import encode_png
 from pipelines.reader import read_split
 from pipelines.sample_recipe import Recipe, recipe_of
@@ -120,9 +124,54 @@ def test_a_judgement(config: Config, dataset: Dataset, checkpoint: Checkpoint, t
     _pictures_are_there(found, dataset, checkpoint, recipe, samples, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "of", "calls"),
+    [
+        (("kind=ancestral",), "5 timesteps, variance fixed_large, x̂_0 clipped", 2),
+        (("eta=1", "num_steps=null"), "all 50 timesteps, variance fixed_small, x̂_0 clipped", 1),
+        (("kind=heun",), "sampler.kind: must be ", 1),
+        (("eta=0.5",), "sampler.eta: must be ", 1),
+    ],
+)
+def test_bits_per_dim_of_the_model_and_of_what_is_sampled(
+    config: Config,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    sampler: tuple[str, ...],
+    of: str,
+    calls: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Chain] = []
+
+    def counted(*arguments: Any) -> BoundEstimate:
+        asked.append(arguments[-1])
+        return held_out_bound(*arguments)
+
+    monkeypatch.setattr(module, "held_out_bound", counted)
+    own = tiny_config(f"storage={config.storage}", *(f"sampler.{setting}" for setting in sampler))
+    _, samples = samples_of(own, checkpoint)
+    found = evaluate(own, dataset, checkpoint, samples)
+    assert len(asked) == calls
+    assert found.bound_of == "all 50 timesteps, variance fixed_small, x̂_0 clipped"
+    assert found.sampler_bound_of.startswith(of)
+    assert "\n" not in found.sampler_bound_of
+    if of.startswith("sampler."):
+        assert found.sampler_bound is None
+    else:
+        assert found.sampler_bound is not None
+        assert (found.sampler_bound == found.bound) == (calls == 1)
+        assert len(found.sampler_bound.per_t) == (5 if calls == 2 else 50)
+    _report_is_json(found)
+    said = table(found.to_json())
+    assert "of the model (all 50 timesteps, variance fixed_small, x̂_0 clipped), on 12 held-out images" in said
+    assert f"of what is sampled: none; {of}" in said or f"of what is sampled ({of})" in said
+
+
 def _report_is_json(found: Evaluation) -> None:
     report = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert report["format_version"] == 1
+    assert report["format_version"] == 2
+    assert (report["sampler_bound"] is None) == (found.sampler_bound is None)
     assert report["distances"][0] == dataclasses.asdict(found.distances[0])
     # twelve images with two draws each do not reach all of 49 timesteps
     per_t = report["bound"]["per_t"]

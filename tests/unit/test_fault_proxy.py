@@ -33,6 +33,17 @@ def fetch(proxy: FaultProxy, timeout: float = 30, method: str = "GET") -> tuple[
         connection.close()
 
 
+def trickled(proxy: FaultProxy, reads: int) -> list[int]:
+    """How many bytes come at each of the first reads."""
+    connection = http.client.HTTPConnection(urlsplit(proxy.address).netloc, timeout=30)
+    try:
+        connection.request("GET", "/x")
+        answer = connection.getresponse()
+        return [len(answer.read1(2500)) for _ in range(reads)]
+    finally:
+        connection.close()
+
+
 def test_without_faults_everything_passes(proxy: FaultProxy) -> None:
     assert fetch(proxy) == (200, BODY)
     assert fetch(proxy, method="HEAD") == (200, b"")
@@ -57,11 +68,15 @@ def test_each_fault(proxy: FaultProxy) -> None:
     proxy.faults = Faults(reset=1)
     with pytest.raises(ConnectionResetError):
         fetch(proxy)
+    proxy.faults = Faults(trickle=1)
+    first, *more = trickled(proxy, 5)
+    assert first == 2500
+    assert all(1 <= size < 500 for size in more)
     proxy.faults = Faults(stall=1)
     with pytest.raises(TimeoutError):
         fetch(proxy, timeout=0.1)
     assert proxy.counts == {
-        "requests": 5, "unavailable": 1, "flip": 1, "short": 1, "reset": 1, "stall": 1
+        "requests": 6, "unavailable": 1, "flip": 1, "short": 1, "reset": 1, "trickle": 1, "stall": 1
     }  # fmt: skip
 
 

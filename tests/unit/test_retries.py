@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.retries import Budget, TryAgain, insist
+from pipelines.retries import Budget, Pace, TryAgain, insist, read_steadily
 
 
 def test_pauses_double_up_to_the_longest_and_are_drawn_from_their_upper_half() -> None:
@@ -91,3 +91,58 @@ def test_two_readers_do_not_pause_alike(monkeypatch: pytest.MonkeyPatch) -> None
         insist("x", failing(5, clock), UserError)
         pauses.append(clock.pauses)
     assert pauses[0] != pauses[1]
+
+
+def pieces(clock: Clock, *parts: tuple[float, int]) -> Callable[[int], bytes]:
+    """A body in (seconds, bytes), each of which comes at once after so long."""
+    left = list(parts)
+
+    def read1(most: int) -> bytes:
+        if not left:
+            return b""
+        seconds, size = left.pop(0)
+        assert size <= most
+        clock.now += seconds
+        return b"x" * size
+
+    return read1
+
+
+PACE = Pace(num_bytes=100, window_s=10)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (),
+        [(1.0, 10)],
+        # slow, but each window has its bytes
+        [(9.0, 100)] * 20,
+        [(3.0, 40)] * 50,
+        # the last few may come late, as long as that is no whole window
+        [(1.0, 100), (10.0, 1)],
+    ],
+)
+def test_a_body_that_keeps_its_pace_is_read_whole(
+    parts: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    assert len(read_steadily(pieces(clock, *parts), PACE)) == sum(size for _, size in parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([(1.0, 1)] * 10**4, "11 bytes in 11 s"),
+        # a fast beginning is no credit
+        ([(0.0, 10**6)] * 50 + [(1.0, 1)] * 10**4, "11 bytes in 11 s"),
+        ([(2.0, 15)] * 100, "90 bytes in 12 s"),
+    ],
+)
+def test_a_body_that_is_too_slow_is_given_up(
+    parts: list[tuple[float, int]], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    with pytest.raises(TryAgain, match="it comes too slowly") as caught:
+        read_steadily(pieces(clock, *parts), PACE)
+    assert told in str(caught.value)

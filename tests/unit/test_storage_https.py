@@ -16,10 +16,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from pipelines import retries
 from pipelines.adapters import https
 from pipelines.dataset import DataError, Dataset
 from pipelines.reader import StreamBatches, read_split
-from pipelines.retries import Budget
+from pipelines.retries import Budget, Pace
 from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
 from tests.support.data import dataset_of
 from tests.support.fault_proxy import FaultProxy, Faults
@@ -157,6 +158,21 @@ def test_a_body_that_stalls(web: tuple[HostileS3, Storage], monkeypatch: pytest.
         assert open_storage(f"{proxy.address}/data/set").get("x") == BODY
         assert proxy.counts["stall"] == 1
     https._pool.cache_clear()
+
+
+def test_a_body_that_trickles(web: tuple[HostileS3, Storage], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, storage = web
+    monkeypatch.setattr(retries, "PACE", Pace(num_bytes=1000, window_s=0.3))
+    first = iter([True])
+    faults = Faults(trickle=1.0, applies=lambda method, path: next(first, False))
+    with FaultProxy(storage.uri, faults).running() as proxy:
+        there = open_storage(f"{proxy.address}/data/set")
+        assert there.get("x") == BODY
+        proxy.faults = Faults(trickle=1.0)
+        monkeypatch.setattr(retries, "BUDGET", Budget(tries=2))
+        message = one_line(lambda: there.get("x"))
+        assert message.startswith(f"{there.uri}/x: could not be read whole: it comes too slowly, ")
+        assert proxy.counts["trickle"] == 3
 
 
 def test_a_compressed_answer_is_not_taken_for_the_object(web: tuple[HostileS3, Storage]) -> None:

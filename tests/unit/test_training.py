@@ -22,11 +22,12 @@ from pipelines.checkpoints import CheckpointError, Checkpoints, State
 from pipelines.config import Config, OptimizerConfig, load_config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
+from pipelines.held_out import held_out_bound
 from pipelines.plan import network_bytes, training_plan
 from pipelines.reader import StreamBatches
 from pipelines.storage import open_storage
 from pipelines.tracking import History
-from pipelines.train import Run, claim, held_out_bound, open_run, train
+from pipelines.train import Run, claim, open_run, train
 from pipelines.training import (
     Learner,
     SingleWorker,
@@ -614,8 +615,11 @@ def test_a_folder_of_another_run_is_refused(config: Config) -> None:
     run = open_run(config)
     claim(run)
     claim(run)
-    run.storage.put("run.json", b'{"format_version": 1, "identity": {"seed": 99}}')
+    run.storage.put("run.json", b'{"format_version": 1, "name": "x", "identity": {"seed": 99}}')
     with pytest.raises(UserError, match=r"run\.json: belongs to another run"):
+        claim(run)
+    run.storage.put("run.json", b'{"format_version": 1, "na')
+    with pytest.raises(UserError, match=r"run\.json: is not JSON; the object is damaged$"):
         claim(run)
 
 
@@ -645,7 +649,12 @@ def test_the_plan_counts_what_is_done_and_warns(short: Config) -> None:
     run = trained(with_train(short, steps=4))
     assert "4 done, 4 to go" in training_plan(open_run(short))
     assert "4 done, 0 to go" in training_plan(run)
-    abrupt = tiny_config(f"data.uri={short.data.uri}", "schedule.num_timesteps=3", "schedule.beta_end=0.001")
+    abrupt = tiny_config(
+        f"data.uri={short.data.uri}",
+        "schedule.num_timesteps=3",
+        "schedule.beta_end=0.001",
+        "sampler.num_steps=3",
+    )
     assert "warning    x_T is not close to N(0, I)" in training_plan(open_run(abrupt))
 
 

@@ -16,13 +16,14 @@ from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.evaluate import _frames
+from pipelines.held_out import held_out_bound
 from pipelines.images import encode_png, to_uint8
 from pipelines.sample_recipe import Recipe, recipe_of
 from pipelines.sample_set import sample_set
 from pipelines.sampling import UnitMaker, load_model, make_images
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import open_storage
-from pipelines.train import _evaluate, held_out_bound, open_run
+from pipelines.train import _evaluate, open_run
 from pipelines.training import Learner, SingleWorker
 from tests.support.data import dataset_of, put_dataset, random_images
 from tests.support.runs import Batch, Kept, made_up_batches, tiny_config, together

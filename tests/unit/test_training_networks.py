@@ -17,11 +17,12 @@ from ddpm_core.unet import UNet
 from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.errors import UserError
+from pipelines.held_out import held_out_bound
 from pipelines.plan import network_bytes, training_plan
 from pipelines.sample_recipe import recipe_of
 from pipelines.sampling import load_model, make_images
 from pipelines.storage import open_storage
-from pipelines.train import _evaluate, held_out_bound, open_run, train
+from pipelines.train import _evaluate, open_run, train
 from pipelines.training import Learner, SingleWorker
 from tests.support.data import dataset_of
 from tests.support.runs import Kept, made_up_batches, tiny_config

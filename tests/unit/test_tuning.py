@@ -135,7 +135,12 @@ def test_an_end_that_is_not_noise_is_warned_about() -> None:
 
 def test_a_trial_is_the_base_with_another_schedule_shorter_below_the_sweep(tmp_path: Path) -> None:
     base = tiny_config(
-        "tune.steps=40", "tune.eval_every=20", "tune.workers=9", "sampler.num_steps=20", "seed=3"
+        "tune.steps=40",
+        "tune.grace_steps=40",
+        "tune.eval_every=20",
+        "tune.workers=9",
+        "sampler.num_steps=20",
+        "seed=3",
     )
     storage = open_storage(str(tmp_path / "sweep"))
     config = trial_config(base, storage, {"num_timesteps": 10, "beta_start": 1e-3, "beta_end": 9e-3})
@@ -229,7 +234,7 @@ def test_what_makes_a_sweep_another_one() -> None:
     base = tiny_config()
     name = sweep_storage(base, "data").uri
     for change in (
-        "seed=1", "tune.seed=1", "tune.num_trials=13", "tune.steps=5", "tune.num_timesteps=[100]",
+        "seed=1", "tune.seed=1", "tune.num_trials=13", "tune.steps=20001", "tune.num_timesteps=[100]",
         "tune.beta_start=[0.001, 0.002]", "bound.num_strata=3", "bound.num_images=4", "model.base_channels=12",
         "optimizer.learning_rate=0.1", "schedule.beta_end=0.3", "train.batch_size=16",
     ):  # fmt: skip

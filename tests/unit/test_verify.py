@@ -18,10 +18,12 @@ from PIL import Image
 
 from jobs import cli
 from pipelines.dataset import DataError, Dataset
+from pipelines.errors import UserError
 from pipelines.images import encode_png
 from pipelines.prepare import prepare
 from pipelines.shards import PackedShard, Sample, pack, parse_index
-from pipelines.verify import Verified, verify
+from pipelines.verified import Verified
+from pipelines.verify_dataset import verify_dataset as verify
 from tests.support.data import dataset_of, image_bytes, packed, put_dataset, random_images
 
 TAR, INDEX = "train/shard-000001.tar", "train/shard-000001.index.parquet"
@@ -64,9 +66,9 @@ def flip(position: int, bit: int = 3) -> Callable[[bytearray], None]:
 def test_whole_data_sets_have_no_problem(prefix: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     found = verify(Dataset.load(str(prefix)), deep=True, progress=lambda *x: told.append(x))
-    assert (found.problems, found.shards, found.samples) == ((), 4, 18)
+    assert (found.problems, found.looked["shards"], found.looked["samples"]) == ((), 4, 18)
     assert told[-1] == (18, 18)
-    assert found.num_bytes == sum(path.stat().st_size for path in prefix.glob("*/*.tar"))
+    assert found.looked["num_bytes"] == sum(path.stat().st_size for path in prefix.glob("*/*.tar"))
     digits = prepare("digits", str(tmp_path / "digits"), shard_count=3)
     assert verify(digits, deep=True).problems == ()
 
@@ -240,7 +242,7 @@ def no_stack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_the_command_says_whole_and_exits_with_0(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ddpm_verify(str(prefix), "--deep") == 0
-    assert ": whole; 18 samples in 4 shards" in capsys.readouterr().out
+    assert ": whole; 4 shards, 18 samples, " in capsys.readouterr().out
 
 
 def test_the_command_names_each_bad_sample_and_exits_with_1(
@@ -263,6 +265,10 @@ def test_the_command_names_each_bad_sample_and_exits_with_1(
 
 
 def test_where_there_is_no_data_set_that_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no data set, run, sample set or checkpoint here") as error:
+        ddpm_verify(str(tmp_path))
+    assert error.value.exit_code == 2
+    (tmp_path / "preparation.json").write_text("{}")
     with pytest.raises(DataError, match="no finished data set") as error:
         ddpm_verify(str(tmp_path))
     assert error.value.exit_code == 2
