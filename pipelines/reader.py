@@ -73,9 +73,8 @@ class StreamBatches:
     in memory, which is how they are decoded. `pin_memory` (by default where there is CUDA) makes copies to a
     GPU run on their own. `decode_threads`: see `ShardReader`.
 
-    A sample that cannot be decoded ends the stream with its name, unless `max_bad_share` is given: then such
-    samples have weight 0, and the stream ends once they are more than this share of what was read, counted over
-    one epoch's part of these streams at least. `skipped` tells of them.
+    A sample that cannot be decoded ends the stream with its name; with `skip_bad` it has weight 0 instead, and
+    `skipped` tells of it.
 
     Memory: the shards that the streams stand in and come to next (within `cache_bytes`; fewer are kept and
     fetched again if they do not fit), and `prefetch` steps of decoded images.
@@ -99,7 +98,7 @@ class StreamBatches:
         as_bytes: bool = False,
         channels_last: bool = False,
         pin_memory: bool | None = None,
-        max_bad_share: float | None = None,
+        skip_bad: bool = False,
     ) -> None:
         for name, value, least in (
             ("micro_batch_size", micro_batch_size, 1),
@@ -113,10 +112,7 @@ class StreamBatches:
             raise ValueError(f"streams: must lie in 0..{num_streams - 1}, got {list(streams)!r}")
         if dataset.count(split) == 0:
             raise DataError(f"{dataset.uri}: its split {split!r} holds no sample")
-        count = dataset.count(split)
-        self.skipped = BadSamples(
-            dataset.uri, split, max_bad_share, part=-(-count * len(streams) // num_streams)
-        )
+        self.skipped = BadSamples(skip_bad)
         plan = _Plan(
             order=Order([shard.count for shard in dataset.shards(split)], seed, num_streams),
             reader=ShardReader(
@@ -258,7 +254,6 @@ class _Plan:
                 rows = {sample.row for sample in bad}
                 weight[places[np.isin(row[places], list(rows))]] = 0
                 self.bad.add(bad)
-        self.bad.read(len(row))
         return label, weight
 
     def _look_ahead(self, stream: int, position: int, shard: int) -> None:
