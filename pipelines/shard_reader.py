@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.cache import WeightedLRU
@@ -181,9 +182,9 @@ class ShardReader:
         ]
         return [bad for piece in pieces for bad in piece.result()]
 
-    def keys(self, shard: int) -> list[str]:
-        """The keys of a shard's samples, in the stored order."""
-        return list(self._get(shard).index.key.to_pylist())
+    def keys_of(self, shard: int, rows: NDArray[np.int64]) -> list[str]:
+        """The keys of the samples at these rows of a shard."""
+        return list(self._get(shard).index.key.take(pa.array(rows)).to_pylist())
 
     def retain(self, shards: Container[int]) -> None:
         """Forget all shards that are here but these."""
@@ -248,8 +249,8 @@ def read_split(
         last = first + shard.count
         rows = range(max(start, first) - first, (last if stop is None else min(stop, last)) - first)
         if len(rows):
-            keys = reader.keys(number)
-            for row in rows:
+            keys = reader.keys_of(number, np.asarray(rows, dtype=np.int64))
+            for row, key in zip(rows, keys, strict=True):
                 images, labels = reader.read(number, [row])
-                yield keys[row], images[0], int(labels[0])
+                yield key, images[0], int(labels[0])
         first = last

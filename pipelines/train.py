@@ -30,6 +30,7 @@ from pipelines.errors import UserError
 from pipelines.grids import grid_png
 from pipelines.images import to_model, to_uint8
 from pipelines.reader import StreamBatches, read_split
+from pipelines.stages import load_stages
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
 from pipelines.training import Learner, TrainingError, World, is_due, streams_of
@@ -236,6 +237,7 @@ def _batches(run: Run, world: World, start: int) -> StreamBatches:
         fetch=fetch_through(data.disk_cache, data.disk_cache_bytes, run.dataset.storage),
         decode_threads=data.decode_threads,
         skip_bad=data.on_bad_sample == "skip",
+        stages=load_stages(data.stages),
     )
 
 
