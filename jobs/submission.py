@@ -109,12 +109,14 @@ def submit(
     env_vars: Mapping[str, str] | None = None,
     say: Callable[[str], object] = print,
     write: Write | None = None,
+    code: Mapping[str, Path] | None = None,
 ) -> Submission:
     """Run `python -m jobs JOB --config config.yaml ARGV…` on the cluster whose dashboard is at `address`.
 
     This program's own code travels along, with `config_text` as config.yaml; endpoints and credentials do not:
-    the cluster has its own.  `env_vars` are set for the job and its workers.  While waiting, the job's log goes to
-    `write` (standard output by default) as it comes; Ctrl-C leaves the job running and returns.
+    the cluster has its own.  `code`, further packages and modules by their names, travels too.  `env_vars` are set
+    for the job and its workers.  While waiting, the job's log goes to `write` (standard output by default) as it
+    comes; Ctrl-C leaves the job running and returns.
 
     Raises `UserError` if there is no such cluster, it refuses, or `run` can't be part of a job's name.
     """
@@ -137,7 +139,7 @@ def submit(
         planned = plan(job, run, patiently(cluster.url, lambda: _list(client)))
         if not planned.attach:
             labels = {"ddpm_job": job, "ddpm_run": run, "ddpm_settings": settings}
-            planned = _start(client, cluster, planned, job, argv, config_text, env_vars, labels)
+            planned = _start(client, cluster, planned, job, argv, config_text, env_vars, labels, code or {})
         name = planned.submission_id
         say(f"{name} is under way already: attached to it" if planned.attach else f"submitted {name}")
         say(f"  dashboard: {cluster.url}")
@@ -202,10 +204,11 @@ def _start(
     config_text: str,
     env_vars: Mapping[str, str],
     labels: dict[str, str],
+    code: Mapping[str, Path],
 ) -> Plan:
     """Start the planned job, or attach to it if somebody was faster."""
     with tempfile.TemporaryDirectory(prefix="ddpm-job-") as folder:
-        stage(Path(folder), config_text)
+        stage(Path(folder), config_text, code)
         try:
             client.submit_job(
                 entrypoint=entrypoint(job, argv),
@@ -228,8 +231,17 @@ def entrypoint(job: str, argv: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "jobs", job, "--config", "config.yaml", *argv])
 
 
-def stage(folder: Path, config_text: str) -> None:
-    """Put this program's packages, wherever they are installed, and the configuration into `folder`."""
+def stage(folder: Path, config_text: str, code: Mapping[str, Path] | None = None) -> None:
+    """Put this program's packages, wherever they are installed, the user's `code` and the configuration into
+    `folder`.
+    """
+    for name, path in (code or {}).items():
+        if name in PACKAGES:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+        else:
+            shutil.copyfile(path, folder / f"{name}.py")
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None

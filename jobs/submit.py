@@ -13,7 +13,8 @@ from pipelines.errors import UserError
 JOBS = ("prepare", "train", "tune", "sample", "evaluate")
 
 DESCRIPTION = """\
-Run a job on a Ray cluster through its Jobs API.  The configuration and this program's own code travel along;
+Run a job on a Ray cluster through its Jobs API.  The configuration, this program's own code and the packages that
+data.stages names travel along (unless they are installed: then the cluster must have them installed, too);
 endpoints and credentials do not: the cluster has its own.  Behind JOB stands what `ddpm JOB` takes (see its
 --help), but for --local; files and folders are named as the cluster sees them.
 
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     common.use_local_stack(arguments.address)
     config = common.config_of(arguments)
     from pipelines.config import digest
+    from pipelines.stages import code_of
 
     # not in the name is where and how long it runs: while a run trains, nobody else may train it
     where = {"workers": True, "tracking": True}
@@ -94,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             address=arguments.address,
             run=f"{config.name}-{identity}",
             wait=not arguments.no_wait,
+            code=code_of(config.data.stages) if arguments.job in ("train", "tune") else {},
         )
 
     outcome = submit()

@@ -40,9 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ddpm_core.schedules import Schedule
     from pipelines.checkpoints import Checkpoints
     from pipelines.plan import training_plan
+    from pipelines.stages import load_stages
     from pipelines.tracking import end_tracking
     from pipelines.train import claim, open_run
 
+    load_stages(config.data.stages)
     run = open_run(config)
     schedule = Schedule.from_config(config.schedule)
     if arguments.dry_run:

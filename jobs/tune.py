@@ -45,11 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
     common.use_local_stack(arguments.address)
     config = common.config_of(arguments)
 
+    from pipelines.stages import load_stages
     from pipelines.train import open_run
     from pipelines.tuning import check_space, read_sweep, sweep_storage
 
     if arguments.out:
         common.output_folder(arguments.out)
+    load_stages(config.data.stages)
     dataset = open_run(config).dataset
     storage = sweep_storage(config, dataset.identity)
     sweep = read_sweep(storage)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from pipelines.dataset import DataError
 from pipelines.shard_reader import BadSample
 
 log = logging.getLogger(__name__)
@@ -15,41 +14,36 @@ _LISTED = 1000
 
 
 class BadSamples:
-    """What one worker met of a split's bad samples. `max_share`: None where the first one is an error; else the
-    share of all that was read, counted over at least `part` samples (an epoch's, for this worker), above which
-    they are one.
+    """What one worker's reader met of a split's bad samples. `skip`: whether it passes over them; if not, the first
+    one is an error.
 
     `count`: draws of bad samples so far, each draw of the same sample counting. `samples`: the different ones, the
-    first 1,000. Written by the reading thread, which is ahead of what was handed over.
+    first 1,000. Written by the reading thread, which is ahead of what was handed over: what a run counts against
+    its `max_bad_share` is what was trained on, see `too_many`.
     """
 
-    def __init__(self, uri: str, split: str, max_share: float | None, part: int) -> None:
-        self._uri = uri
-        self._split = split
-        self._max_share = max_share
-        self._part = part
-        self._seen = 0
+    def __init__(self, skip: bool) -> None:
+        self._skip = skip
         self.count = 0
         self.samples: dict[tuple[int, int], BadSample] = {}
 
     def add(self, samples: Iterable[BadSample]) -> None:
         """Raises `DataError` naming the first one where none may be passed over."""
         for sample in samples:
-            if self._max_share is None:
-                raise DataError(str(sample))
+            if not self._skip:
+                raise sample.error()
             self.count += 1
             place = (sample.shard, sample.row)
             if place not in self.samples and len(self.samples) < _LISTED:
                 self.samples[place] = sample
                 log.warning("passing over %s", sample)
 
-    def read(self, count: int) -> None:
-        """Tell of this many more samples read, good and bad. Raises `DataError` where too many were bad."""
-        self._seen += count
-        if self._max_share is None or self.count <= self._max_share * max(self._seen, self._part):
-            return
-        first = next(iter(self.samples.values()))
-        raise DataError(
-            f"{self._uri}: {self.count} of {self._seen} {self._split} samples read are bad, more than "
-            f"data.max_bad_share {self._max_share}; the first is {first}"
-        )
+
+def too_many(bad: int, seen: int, num_samples: int, max_share: float) -> bool:
+    """Whether a run ends: of the `seen` samples that all its workers drew since its first step, `bad` were bad, and
+    that is more than `max_share` of them, counted over one epoch (`num_samples`) at least.
+
+    All four are the same on every worker, on any number of them and after every resume; so is the step at which
+    this becomes true.
+    """
+    return bad > max_share * max(seen, num_samples)

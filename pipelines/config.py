@@ -10,11 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from ddpm_core.dit import DiTConfig
 from ddpm_core.objectives import ObjectiveConfig
@@ -30,6 +40,7 @@ from pipelines.telling import validated
 from pipelines.unused_settings import left_over, unused_settings
 
 FORMAT_VERSION = 1
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Positive = Annotated[int, Field(ge=1)]
@@ -46,6 +57,18 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StageConfig(Section):
+    """A user's own stage of the data: a callable by its dotted name, or with `args` a factory that returns it."""
+
+    name: str
+    args: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class DataConfig(Section):
@@ -68,6 +91,18 @@ class DataConfig(Section):
     """Whether a sample that cannot be decoded ends the run, or keeps its place with weight zero."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The share of skipped samples above which the run ends."""
+    stages: tuple[StageConfig, ...] = ()
+    """The user's own stages behind the decoder, by dotted name; of training alone."""
+
+    @model_validator(mode="after")
+    def _stages_can_be_named(self) -> DataConfig:
+        for place, stage in enumerate(self.stages):
+            if not _DOTTED.fullmatch(stage.name):
+                raise ValueError(
+                    f"stages[{place}]: must be the dotted name of a callable, such as mypackage.augment.crop, "
+                    f"got {stage.name!r}"
+                )
+        return self
 
 
 class PrepareConfig(Section):
@@ -292,6 +327,7 @@ class Config(Section):
             **({"objective": objective} if objective else {}),
             **({} if self.train.precision == "auto" else {"precision": self.train.precision}),
             **({"compile": True} if self.train.compile else {}),
+            **({"stages": self.data.model_dump(mode="json")["stages"]} if self.data.stages else {}),
         }
 
     def run_name(self, dataset_identity: str) -> str:

@@ -32,6 +32,14 @@ class DataError(UserError):
     """An object of a data set is missing, damaged, or not what the data set's record says it is."""
 
 
+def what_to_run(uri: str, *, deep: bool = False) -> str:
+    """What somebody should do whose data set turned out to be damaged."""
+    return (
+        f"`ddpm verify {uri}{' --deep' if deep else ''}` names all that is damaged; delete that, and the same "
+        "`ddpm prepare` makes it again"
+    )
+
+
 @dataclass(frozen=True)
 class Shard:
     """One shard of a split: its two objects (keys below the data set's prefix), their hashes, and its size.

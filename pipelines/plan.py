@@ -46,6 +46,8 @@ def training_plan(run: Run) -> str:
         f"up to {config.data.cache_bytes / _MIB:.0f} MiB of shards",
         f"output     {run.storage.uri}",
     ]
+    if config.data.stages:
+        lines.insert(2, f"stages     {', '.join(stage.name for stage in config.data.stages)}")
     return "\n".join([*lines, *(f"warning    {warning}" for warning in schedule.warnings())])
 
 

@@ -26,6 +26,7 @@ from pipelines.shard_reader import (
     fetch_verified,
     read_split,
 )
+from pipelines.stages import LoadedStage, Stages
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -73,9 +74,9 @@ class StreamBatches:
     in memory, which is how they are decoded. `pin_memory` (by default where there is CUDA) makes copies to a
     GPU run on their own. `decode_threads`: see `ShardReader`.
 
-    A sample that cannot be decoded ends the stream with its name, unless `max_bad_share` is given: then such
-    samples have weight 0, and the stream ends once they are more than this share of what was read, counted over
-    one epoch's part of these streams at least. `skipped` tells of them.
+    A sample that cannot be decoded ends the stream with its name; with `skip_bad` it has weight 0 instead, and
+    `skipped` tells of it. `stages`: a user's own, which run on each decoded micro-batch in the reading thread; see
+    `pipelines.stages`.
 
     Memory: the shards that the streams stand in and come to next (within `cache_bytes`; fewer are kept and
     fetched again if they do not fit), and `prefetch` steps of decoded images.
@@ -99,7 +100,8 @@ class StreamBatches:
         as_bytes: bool = False,
         channels_last: bool = False,
         pin_memory: bool | None = None,
-        max_bad_share: float | None = None,
+        skip_bad: bool = False,
+        stages: Sequence[LoadedStage] = (),
     ) -> None:
         for name, value, least in (
             ("micro_batch_size", micro_batch_size, 1),
@@ -113,10 +115,7 @@ class StreamBatches:
             raise ValueError(f"streams: must lie in 0..{num_streams - 1}, got {list(streams)!r}")
         if dataset.count(split) == 0:
             raise DataError(f"{dataset.uri}: its split {split!r} holds no sample")
-        count = dataset.count(split)
-        self.skipped = BadSamples(
-            dataset.uri, split, max_bad_share, part=-(-count * len(streams) // num_streams)
-        )
+        self.skipped = BadSamples(skip_bad)
         plan = _Plan(
             order=Order([shard.count for shard in dataset.shards(split)], seed, num_streams),
             reader=ShardReader(
@@ -129,6 +128,7 @@ class StreamBatches:
                 decode_threads=decode_threads,
             ),
             bad=self.skipped,
+            stages=Stages(stages, seed, len(dataset.classes)) if stages else None,
             shape=dataset.shape,
             levels=dataset.levels,
             streams=tuple(streams),
@@ -193,6 +193,7 @@ class _Plan:
     order: Order
     reader: ShardReader
     bad: BadSamples
+    stages: Stages | None
     shape: tuple[int, int, int]
     levels: int
     streams: tuple[int, ...]
@@ -217,7 +218,10 @@ class _Plan:
         where = self.order.locate(stream, position)
         channels, height, width = self.shape
         images = self.buffers.tensor((len(position), height, width, channels))
-        label, weight = self._gather(where.shard, where.sample, images.numpy())
+        keys = None if self.stages is None else [""] * len(position)
+        label, weight = self._gather(where.shard, where.sample, images.numpy(), keys)
+        if self.stages is not None and keys is not None:
+            self.stages.apply(keys, index.numpy(), images.numpy(), label, weight)
         self._look_ahead(stream, int(position[-1]), int(where.shard[-1]))
         if self.flip:
             mirrored = rng.integers(self.order.seed, "flip", index, 2).bool()
@@ -244,10 +248,14 @@ class _Plan:
         return images.permute(0, 3, 1, 2) if self.channels_last else images
 
     def _gather(
-        self, shard: NDArray[np.int64], row: NDArray[np.int64], images: NDArray[np.uint8]
+        self,
+        shard: NDArray[np.int64],
+        row: NDArray[np.int64],
+        images: NDArray[np.uint8],
+        keys: list[str] | None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The samples into `images` in the order asked for, each shard visited once, in the order in which it
-        first occurs. Returns their labels and weights.
+        first occurs. Returns their labels and weights; their keys go into `keys`, where it is a list.
         """
         label = np.empty(len(row), dtype=np.int64)
         weight = np.ones(len(row), dtype=np.float32)
@@ -258,7 +266,9 @@ class _Plan:
                 rows = {sample.row for sample in bad}
                 weight[places[np.isin(row[places], list(rows))]] = 0
                 self.bad.add(bad)
-        self.bad.read(len(row))
+            if keys is not None:
+                for place, key in zip(places, self.reader.keys_of(number, row[places]), strict=True):
+                    keys[place] = key
         return label, weight
 
     def _look_ahead(self, stream: int, position: int, shard: int) -> None:

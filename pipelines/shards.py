@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -74,6 +74,11 @@ class ShardIndex:
     @property
     def count(self) -> int:
         return len(self.offset)
+
+    def part(self, rows: NDArray[np.int64]) -> ShardIndex:
+        """The index with these rows alone, in this order."""
+        columns = {name: getattr(self, name)[rows] for name in ("offset", "length", "label", "crc32c")}
+        return replace(self, key=self.key.take(pa.array(rows)), **columns)
 
     @property
     def num_bytes(self) -> int:

@@ -15,10 +15,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ddpm_core.samplers import SamplerConfig, sample
+from pipelines.bad_samples import too_many
 from pipelines.checkpoints import Checkpoints, step_name
 from pipelines.conditioning import conditioned, fitted
 from pipelines.config import Config, digest
-from pipelines.dataset import Dataset
+from pipelines.dataset import Dataset, what_to_run
 from pipelines.disk_cache import fetch_through
 from pipelines.errors import UserError
 from pipelines.grids import grid_png
@@ -26,9 +27,10 @@ from pipelines.held_out import bound_metrics, held_out_bound
 from pipelines.images import to_uint8
 from pipelines.reader import StreamBatches
 from pipelines.records import read_record
+from pipelines.stages import load_stages
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
-from pipelines.training import Learner, World, is_due, streams_of
+from pipelines.training import Learner, TrainingError, World, is_due, streams_of
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +188,7 @@ def _loop(
         for step in range(start, settings.steps):
             result = learner.step(step, next(batches), world)
             done = step + 1
+            _check_bad_share(run, learner, batches, done)
             clock.tick()
             if is_due(done, settings.log_every, settings.steps):
                 row = Row(
@@ -195,7 +198,7 @@ def _loop(
                         "grad_norm": result.grad_norm,
                         "learning_rate": result.learning_rate,
                         "images_per_s": clock.images_per_s(),
-                        **({"skipped_samples": batches.skipped.count} if batches.skipped.count else {}),
+                        **({"skipped_samples": learner.skipped} if learner.skipped else {}),
                     },
                 )
                 rows.append(row)
@@ -241,7 +244,21 @@ def _batches(run: Run, world: World, start: int) -> StreamBatches:
         cache_bytes=data.cache_bytes,
         fetch=fetch_through(data.disk_cache, data.disk_cache_bytes, run.dataset.storage),
         decode_threads=data.decode_threads,
-        max_bad_share=data.max_bad_share if data.on_bad_sample == "skip" else None,
+        skip_bad=data.on_bad_sample == "skip",
+        stages=load_stages(data.stages),
+    )
+
+
+def _check_bad_share(run: Run, learner: Learner, batches: StreamBatches, done: int) -> None:
+    """Raise `TrainingError`, on every worker at the same step, where too much of what was trained on is bad."""
+    bad, share, seen = learner.skipped or 0, run.config.data.max_bad_share, done * run.config.train.batch_size
+    if not too_many(bad, seen, run.dataset.count("train"), share):
+        return
+    # the bad samples may all be other workers'
+    example = next((f"; one is {sample}" for sample in batches.skipped.samples.values()), "")
+    raise TrainingError(
+        f"step {done}: {bad} of {seen} train samples read are bad, more than data.max_bad_share {share}{example}; "
+        f"{what_to_run(run.dataset.uri, deep=True)}"
     )
 
 

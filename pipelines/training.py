@@ -113,7 +113,9 @@ class _Blank:
 @dataclass(frozen=True)
 class StepResult:
     loss: float
-    """Mean over the global batch of the objective's loss, by default ‖ε − ε_θ‖² per dimension (Eq. 14)."""
+    """Mean over the global batch of the objective's loss, by default ‖ε − ε_θ‖² per dimension (Eq. 14); bad samples
+    that were passed over are left out of it.
+    """
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -149,6 +151,8 @@ class Learner:
         self._autocast = Autocast(config.train.precision, device)
         by_loss = config.objective.timestep_sampling == "loss_second_moment"
         self.loss_moments = LossMoments(config.schedule.num_timesteps) if by_loss else None
+        # draws of bad samples since the run's first step, by all workers; None where none are passed over
+        self.skipped = 0 if config.data.on_bad_sample == "skip" else None
         if config.train.compile:
             compile_training(self.model, self._example)
             self.optimizer.zero_grad()
@@ -169,12 +173,13 @@ class Learner:
         """
         config = self.config
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        num_bad = sum(num_skipped(part) for part in micro_batches)
         self.optimizer.zero_grad(set_to_none=False)
-        # t and loss of every sample of the global batch at its place, for the loss moments
+        # t and loss of every sample of the global batch at its place, for the loss moments; t = −1 of bad ones
         drawn = torch.zeros(2, config.train.batch_size if self.loss_moments else 0, device=self.device)
         for part, t, weights, noise in self._draws(micro_batches):
             loss_sum += self._backward(step, part, t, weights, noise, drawn)
-        loss, grad_norm, drawn = self._reduce(loss_sum, drawn, world)
+        loss, grad_norm, drawn, num_bad = self._reduce(loss_sum, drawn, num_bad, world)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: training diverged; "
@@ -192,7 +197,10 @@ class Learner:
         if self.power_ema:
             self.power_ema.update(self.model, step)
         if self.loss_moments:
-            self.loss_moments.update(drawn[0].long(), drawn[1])
+            good = drawn[:, drawn[0] >= 0]
+            self.loss_moments.update(good[0].long(), good[1])
+        if self.skipped is not None:
+            self.skipped += num_bad
         return StepResult(loss, grad_norm, rate)
 
     def _draws(self, parts: Sequence[Samples]) -> Iterator[tuple[Samples, Tensor, Tensor | None, Tensor]]:
@@ -228,11 +236,12 @@ class Learner:
         losses = training_loss(
             network, self.schedule, config.objective, x_start, t, noise, levels=self.levels
         )
+        sample_weights = getattr(part, "weight", None)
         if weights is not None:
             place = slice(part.stream * len(t), (part.stream + 1) * len(t))
-            drawn[:, place] = torch.stack((t.to(losses.dtype), losses.detach()))
+            seen = t if sample_weights is None else t.where(sample_weights.to(t.device) > 0, -1)
+            drawn[:, place] = torch.stack((seen.to(losses.dtype), losses.detach()))
             losses = losses * weights.to(losses.dtype)
-        sample_weights = getattr(part, "weight", None)
         if sample_weights is not None:
             # zero for a bad sample that was passed over
             losses = losses * sample_weights.to(losses)
@@ -248,8 +257,11 @@ class Learner:
         index = part.index.to(self.device)
         return drop_labels(labels, num_classes, config.objective.label_dropout, config.seed, index)
 
-    def _reduce(self, loss_sum: Tensor, drawn: Tensor, world: World) -> tuple[float, float, Tensor]:
-        """Sum gradients and losses over the workers: one flat all-reduce, the same bits on every resume.
+    def _reduce(
+        self, loss_sum: Tensor, drawn: Tensor, num_bad: int, world: World
+    ) -> tuple[float, float, Tensor, int]:
+        """Sum gradients, losses and numbers of bad samples over the workers: one flat all-reduce, the same bits on
+        every resume.
 
         A sample's t and loss meet zeros from the other workers, so that they stay what they are.
         """
@@ -258,8 +270,17 @@ class Learner:
             # the loss travels in two floats, so that it keeps more than float32's digits
             high = loss_sum.float()
             low = (loss_sum - high.double()).float()
+            # where none are passed over the buffer has no place for them, so that it is what it always was: its
+            # length decides how some backends round
+            counted = [] if self.skipped is None else [high.new_full((1,), num_bad)]
             flat = torch.cat(
-                [*(gradient.reshape(-1) for gradient in gradients), drawn.reshape(-1), high[None], low[None]]
+                [
+                    *(gradient.reshape(-1) for gradient in gradients),
+                    drawn.reshape(-1),
+                    high[None],
+                    low[None],
+                    *counted,
+                ]
             )
             world.all_reduce(flat)
             start = 0
@@ -267,10 +288,13 @@ class Learner:
                 gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
                 start += gradient.numel()
             drawn = flat[start : start + drawn.numel()].view_as(drawn)
-            loss_sum = flat[-2].double() + flat[-1].double()
+            start += drawn.numel()
+            loss_sum = flat[start].double() + flat[start + 1].double()
+            num_bad = int(flat[-1]) if counted else num_bad
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         norm = float(torch.linalg.vector_norm(norms))
-        return float(loss_sum) / self.config.train.batch_size, norm, drawn
+        good = max(1, self.config.train.batch_size - num_bad)
+        return float(loss_sum) / good, norm, drawn, num_bad
 
     def _gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
@@ -296,6 +320,8 @@ class Learner:
         }
         if self.loss_moments:
             groups["loss_moments"] = dict(self.loss_moments.tensors)
+        if self.skipped is not None:
+            groups["skipped"] = {"count": torch.tensor(self.skipped)}
         if self.power_ema:
             groups |= {
                 power_group(sigma_rel): dict(average.tensors)
@@ -312,6 +338,8 @@ class Learner:
             self.ema.load(state.groups["ema"])
             if self.loss_moments:
                 self.loss_moments.load(state.groups["loss_moments"])
+            if self.skipped is not None and "skipped" in state.groups:
+                self.skipped = int(state.groups["skipped"]["count"])
             if self.power_ema:
                 for sigma_rel, average in zip(
                     self.config.ema.power_sigma_rels, self.power_ema.averages, strict=True
@@ -331,6 +359,12 @@ class Learner:
                 f"the checkpoint at step {state.step} holds another network than model describes"
             ) from None
         self.optimizer.state.update(moments)
+
+
+def num_skipped(part: Samples) -> int:
+    """How many of a micro-batch's samples are bad ones that are passed over."""
+    weight: Tensor | None = getattr(part, "weight", None)
+    return 0 if weight is None else len(weight) - int(torch.count_nonzero(weight))
 
 
 def power_group(sigma_rel: float) -> str:

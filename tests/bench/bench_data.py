@@ -54,10 +54,18 @@ def main() -> None:
     options.add_argument(
         "--memory", type=int, default=100_000, help="samples of the epoch whose memory is shown"
     )
+    options.add_argument("--only", choices=("memory",), help="show the memory alone, without the speeds")
     given = options.parse_args()
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if given.only is None:
+            compare_kinds(folder, given.rounds, with_ray=not given.no_ray)
+        side = KINDS["PNG 32×32"][0]
+        show_memory(put(f"file://{folder}/many", make_files(side), given.memory, 1000, side))
+
+
+def compare_kinds(folder: str, rounds: int, *, with_ray: bool) -> None:
     with (
-        tempfile.TemporaryDirectory() as folder,
         moto_server(Path(folder) / "moto.log") as endpoint,
         pytest.MonkeyPatch.context() as patch,
     ):
@@ -72,11 +80,9 @@ def main() -> None:
                 "disk": put(f"file://{folder}/{side}", files, count, per_shard, side),
                 "S3": put(f"s3://{BUCKET}/{side}", files, count, per_shard, side),
             }
-            compare(kind, files, count, sets, given.rounds)
-            if not given.no_ray:
+            compare(kind, files, count, sets, rounds)
+            if with_ray:
                 ray_data(count, sets["disk"])
-        side = KINDS["PNG 32×32"][0]
-        show_memory(put(f"file://{folder}/many", make_files(side), given.memory, 1000, side))
 
 
 def make_files(side: int) -> list[bytes]:

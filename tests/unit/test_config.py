@@ -449,6 +449,7 @@ WHAT = [
     "ema.warmup=false", "ema={half_life_images: 1000}", "ema={half_life_images: 1000, ramp_ratio: 0.05}",
     "ema.power_sigma_rels=[0.05]", "train.batch_size=16", "train.micro_batches=2",
     "train.precision=bfloat16", "train.precision=float32", "train.compile=true",
+    "data.stages=[a.b]", "data.stages=[{name: a.b, args: {}}]",
     "objective.prediction_type=v", "objective.loss=vlb",
     "objective.loss=vlb & objective.variance_type=fixed_large",
     "objective.weighting=snr", "objective.weighting=min_snr",

@@ -94,7 +94,7 @@ def test_a_reader_takes_rows_in_any_order_and_keeps_what_fits(tmp_path: Path) ->
     reader.read(1, [1])
     assert storage.gets["train/shard-000001.tar"] == 1
 
-    tight = ShardReader(through(dataset, storage := watched(dataset)), "train", cache_bytes=1)
+    tight = ShardReader(through(dataset, storage := watched(dataset)), "train", 1, ranged_above=2**40)
     for shard in (0, 1, 1, 0):
         assert np.array_equal(tight.read(shard, [2])[0][0], images[6 * shard + 2])
     assert storage.gets["train/shard-000000.tar"] == 2
@@ -139,7 +139,10 @@ def test_an_altered_object_is_fetched_three_times_and_then_named(
     bad = f"train/shard-000001.{suffix}"
     (tmp_path / bad).write_bytes(damage((tmp_path / bad).read_bytes()))
     storage = watched(dataset)
-    with pytest.raises(DataError, match=rf"{bad}: is damaged or was exchanged") as error:
+    advice = (
+        f"`ddpm verify {dataset.uri}` names all that is damaged; delete that, and the same `ddpm prepare`"
+    )
+    with pytest.raises(DataError, match=rf"{bad}: is damaged or was exchanged.*; {advice}") as error:
         list(read_split(through(dataset, storage), "train"))
     assert "\n" not in str(error.value)
     assert storage.gets[bad] == 3
@@ -164,7 +167,9 @@ def test_a_body_that_arrives_wrong_is_fetched_again(tmp_path: Path, suffix: str)
 def test_a_missing_object_is_named(tmp_path: Path, suffix: str) -> None:
     dataset, _ = dataset_of(tmp_path, [4, 4])
     (tmp_path / f"train/shard-000001.{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"train/shard-000001.{suffix}: is missing"):
+    with pytest.raises(
+        DataError, match=rf"train/shard-000001.{suffix}: is missing.*; `ddpm verify {dataset.uri}`"
+    ):
         list(read_split(dataset, "train"))
 
 
@@ -247,7 +252,10 @@ def test_a_stored_image_that_is_not_what_the_record_says_is_named(
 ) -> None:
     shard = pack([Sample("good", encode_png(random_images(1)[0])), Sample("größe/bad", image)])
     dataset = put_dataset(tmp_path, {"train": [shard]}, (1, 8, 8))
-    with pytest.raises(DataError, match=rf"shard-000000.tar: sample 'größe/bad': .*{reason}"):
+    line = (
+        rf"shard-000000.tar: sample 'größe/bad': .*{reason}.*; `ddpm verify {dataset.uri} --deep` names all"
+    )
+    with pytest.raises(DataError, match=line):
         list(read_split(dataset, "train"))
 
 
