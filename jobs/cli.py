@@ -17,7 +17,7 @@ COMMANDS = {
     "down": "stop the local stack; its buckets are kept",
     "doctor": "say what is wrong with the environment",
     "prepare": "images → sharded WebDataset tars with an index, on S3 or disk",
-    "verify": "prove that a data set is whole and what it claims to be",
+    "verify": "prove that a data set, a run or a sample set is whole and what it claims to be",
     "train": "train a model on such a data set",
     "tune": "sweep T and the β range, ranked on held-out bits/dim",
     "sample": "mass-generate images from a checkpoint",
