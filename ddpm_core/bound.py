@@ -313,7 +313,8 @@ class BoundAccumulator:
         draws, terms, squares, errors = self._state[9:].chunk(4)
         term = terms / draws
         spread = (squares / draws - term.square()).clamp(min=0.0)
-        stderr = torch.where(draws > 1, (spread / (draws - 1)).sqrt(), math.nan)
+        # 0/0 for one draw
+        stderr = (spread / (draws - 1)).sqrt()
         return TermsPerT(term, stderr, errors / draws, draws.clone())
 
     def _evaluate(self, eps_theta: EpsTheta, x_start: Tensor, index: Tensor, t: Tensor, draw: int) -> Tensor:

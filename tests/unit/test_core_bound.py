@@ -170,3 +170,17 @@ def test_bound_term_is_differentiable() -> None:
 
 def _some_network(x_t: Tensor, t: Tensor) -> Tensor:
     return 0.7 * x_t + 0.01 * t.to(x_t.dtype).reshape(-1, 1, 1, 1) * x_t.square()
+
+
+def test_a_small_mismatch_of_variances_survives_float32() -> None:
+    """Of a network without error only ½·(β̃/β − 1 − ln(β̃/β)) is left, 1e-11 of two logarithms of about −4."""
+    x_start = torch.full((2, 1, 2, 2), 0.5)
+    t = torch.tensor([500, 900])
+    reverse = ReverseProcess(LINEAR, variance_type="fixed_large", clip=False)
+    got = bound_term(
+        lambda x_t, t: torch.ones_like(x_t), reverse, x_start, t, torch.ones_like(x_start), levels=5
+    )
+    log_ratio = 2.0 * (LINEAR.log_b[t - 1] - LINEAR.log_b[t])
+    expected = 0.5 * (torch.expm1(log_ratio) - log_ratio) / math.log(2)
+    assert float(expected[1]) < 1e-10
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)

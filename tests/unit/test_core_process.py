@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import (
+    LinearGaussianProcess,
     Schedule,
     ScheduleConfig,
     draw_timesteps,
@@ -200,3 +201,13 @@ def test_the_layout_of_the_input_changes_nothing(dtype: torch.dtype, batch: int)
 def test_errors_name_the_argument(name: str, call) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: must "):
         call(torch.zeros(2, 3, 4, 4))
+
+
+def test_a_given_loss_above_1_by_rounding_is_1() -> None:
+    """Otherwise a share of the signal-to-noise ratio below 0 would be left, and its root nan."""
+    log_a, log_b = torch.tensor([-0.1, -9.0]).double(), torch.tensor([-1.0, -0.1]).double()
+    loss = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    process = LinearGaussianProcess(log_a, log_b, snr_loss=loss)
+    assert process.snr_loss.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"^snr_loss: must be in \(0, 1\], got 1\.1"):
+        LinearGaussianProcess(log_a, log_b, snr_loss=torch.tensor([1.0, 1.1]))
