@@ -9,24 +9,26 @@ from itertools import accumulate
 from typing import Any
 from urllib.parse import quote, unquote
 
-from pipelines.dataset import Dataset, Shard
+from pipelines.dataset import RECORD_KEY, Dataset, Shard
 from pipelines.errors import UserError, printable
 from pipelines.images import check_levels, stored_shape
 from pipelines.prepare import Progress
-from pipelines.prepare_commit import claim, commit, finished
+from pipelines.prepare_commit import claim, commit, discard, finished
 from pipelines.prepare_plan import keyed_hash
-from pipelines.prepare_shards import Workers
+from pipelines.prepare_shards import MAX_NAMED, Workers, bad_images
 from pipelines.preprocess import check_plain
 from pipelines.shards import crc32c, index_of, sha256
-from pipelines.source_find import find, read_object
+from pipelines.source_find import Found, find, read_object
 from pipelines.source_tar import LABEL_EXTENSION, list_tar
 from pipelines.sources import fingerprint, number_labels, warn_passed_over
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, StorageError, open_storage
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What is known of one tar once it has been read. `labels`: as they are written, None for none."""
+    """What is known of one tar once it has been read. `labels`: as they are written, None for none. `bad`: a line
+    for each image that can't be taken, `MAX_NAMED` at most.
+    """
 
     key: str
     num_bytes: int
@@ -35,6 +37,7 @@ class Scanned:
     labels: tuple[str | None, ...]
     shape: tuple[int, int, int] | None
     passed_over: tuple[str, ...]
+    bad: tuple[str, ...] = ()
 
 
 def index_tars(
@@ -83,19 +86,38 @@ def index_tars(
     if (existing := finished(storage, options)) is not None:
         return existing
     claim(storage, options)
+    try:
+        return _index(found, storage, options, image, label, progress, workers)
+    except StorageError:
+        raise  # what is written is right, and the next call goes on from it
+    except UserError:
+        if not storage.exists(RECORD_KEY):
+            discard(storage, [])
+        raise
+
+
+def _index(
+    found: Found,
+    storage: Storage,
+    options: dict[str, Any],
+    image: str | None,
+    label: str | None,
+    progress: Progress | None,
+    workers: Workers | None,
+) -> Dataset:
     scan = partial(scan_tar, found.storage, image=image, label=label)
     scanned = _scan_all(found.keys, scan, progress, workers)
     passed_over = [name for tar in scanned for name in tar.passed_over]
     warn_passed_over(found.where, passed_over, "members that are no sample's")
     scanned = [tar for tar in scanned if tar.labels]
-    shape = _one_shape(found.storage, scanned, image_size)
+    shape = _one_shape(found.storage, scanned, options["image_size"])
     classes, numbers = number_labels(
         found.where,
         [label for tar in scanned for label in tar.labels],
         name_of=lambda place: _name_of(found.storage, scanned, place),
     )
     stops = list(accumulate(len(tar.labels) for tar in scanned))
-    held_out = _held_out([tar.key for tar in scanned], seed, test_fraction)
+    held_out = _held_out([tar.key for tar in scanned], options["seed"], options["test_fraction"])
     shards, counts = [], {"train": 0, "test": 0}
     for tar, stop in zip(scanned, stops, strict=True):
         split = "test" if tar.key in held_out else "train"
@@ -110,7 +132,7 @@ def index_tars(
         key = _key_of(storage, found.storage, tar.key)
         shards.append(Shard(split, key, index_key, len(tar.labels), tar.num_bytes, tar.sha256, sha256(index)))
     shards.sort(key=lambda shard: (shard.split != "train", shard.index_key))
-    commit(storage, printable(found.name), shape, levels, classes, options, shards)
+    commit(storage, printable(found.name), shape, options["levels"], classes, options, shards)
     dataset = finished(storage, options)
     assert dataset is not None
     return dataset
@@ -122,17 +144,26 @@ def _scan_all(
     progress: Progress | None,
     workers: Workers | None,
 ) -> list[Scanned]:
-    tasks = list(sizes.items())
+    result: dict[str, Scanned] = {}
+    bad: list[str] = []
+
+    def left() -> Iterator[tuple[str, int]]:
+        for task in sizes.items():
+            if len(bad) >= MAX_NAMED:
+                return
+            yield task
 
     def here() -> Iterator[tuple[tuple[str, int], Scanned]]:
-        for task in tasks:
+        for task in left():
             yield task, scan(task)
 
-    result = {}
-    for (key, _), scanned in here() if workers is None else workers(scan, tasks):
+    for (key, _), scanned in here() if workers is None else workers(scan, left()):
         result[key] = scanned
+        bad += scanned.bad
         if progress is not None:
-            progress(len(result), len(tasks))
+            progress(len(result), len(sizes))
+    if bad:
+        raise bad_images(bad, sum(len(tar.labels) for tar in result.values()))
     return [result[key] for key in sorted(result)]
 
 
@@ -146,6 +177,7 @@ def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, labe
     listed = list_tar(_InMemory(storage.uri, data), key, num_bytes, image, label)
     columns: dict[str, list[str | int]] = {name: [] for name in ("key", "offset", "length", "crc32c")}
     first: tuple[int, int, int] | None = None
+    bad: list[str] = []
     for sample, extension in zip(listed.samples, listed.images, strict=True):
         offset, size = next((at, size) for name, at, size in sample.members if name == extension)
         body = data[offset : offset + size]
@@ -153,23 +185,22 @@ def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, labe
         try:
             check_plain(body)
             shape = stored_shape(body)
+            if first is not None and shape != first:
+                raise ValueError(f"is of shape {list(shape)}, and the first image {list(first)}")
             sample.key.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"source: {name}: its key is no UTF-8 text: prepare without --index-only"
-            ) from None
         except ValueError as error:
-            raise UserError(f"source: {name}: {error}: prepare without --index-only") from None
-        if first is not None and shape != first:
-            raise UserError(
-                f"source: {name}: is of shape {list(shape)}, and the first image {list(first)}: prepare without "
-                "--index-only, which makes them one"
-            )
+            reason = "its key is no UTF-8 text" if isinstance(error, UnicodeEncodeError) else error
+            bad.append(f"source: {name}: {reason}: prepare without --index-only")
+            if len(bad) == MAX_NAMED:
+                break
+            continue
         first = shape
         row: tuple[str | int, ...] = (sample.key, offset, size, crc32c(body))
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
-    return Scanned(key, num_bytes, sha256(data), columns, listed.labels, first, listed.passed_over)
+    return Scanned(
+        key, num_bytes, sha256(data), columns, listed.labels, first, listed.passed_over, tuple(bad)
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
@@ -16,7 +17,19 @@ from pipelines.errors import UserError
 from pipelines.png import PngEncoder, check_encoder
 from pipelines.prepare_commit import claim, commit, discard, finished, incomplete
 from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, plan_shards
-from pipelines.prepare_shards import Job, Recipe, ShardPlan, Workers, any_colour, convert, make_shard
+from pipelines.prepare_shards import (
+    MAX_NAMED,
+    BadImage,
+    Job,
+    Recipe,
+    Refused,
+    ShardPlan,
+    Workers,
+    any_colour,
+    bad_images,
+    convert,
+    make_shard,
+)
 from pipelines.preprocess import Preprocessing
 from pipelines.sources import Source, open_source
 from pipelines.storage import Storage, StorageError, open_storage
@@ -57,7 +70,7 @@ def prepare(
     makes the shards; without it they are made here, one by one.
 
     Raises `UserError` on a bad option, source or image, and where `out` holds a data set that was made
-    otherwise. On a bad image nothing of what was written stays.
+    otherwise. Of bad images the first 20 are named, a line each, and nothing of what was written stays.
     """
     _check_options(test_fraction, shard_count, samples_per_shard)
     storage = open_storage(out)
@@ -145,8 +158,7 @@ def _write_shards(
     workers: Workers | None,
 ) -> tuple[list[Shard], tuple[int, int, int]]:
     sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
-    # every image must have the shape of the first one, also where an earlier attempt wrote that one
-    shape = convert(source.reader, plans[0].entries[0], preprocessing, None).shape
+    shape = _shape_of_first(plans, source, preprocessing)
     recipe = Recipe(storage, source.reader, preprocessing, shape)
     jobs = [
         Job(number, plan, sizes.get(plan.key) if plan.index_key in sizes else None)
@@ -154,24 +166,52 @@ def _write_shards(
     ]
     total, done = sum(len(plan.entries) for plan in plans), 0
     shards: dict[int, Shard] = {}
+    bad: list[str] = []
+
+    def left() -> Iterator[Job]:
+        for job in jobs:
+            if len(bad) >= MAX_NAMED:
+                return
+            yield replace(job, look_only=bool(bad))
 
     def tell(samples: int) -> None:
         if progress is not None:
             progress(done + samples, total)
 
-    def here() -> Generator[tuple[Job, Shard], None, None]:
-        for job in jobs:
+    def here() -> Generator[tuple[Job, Shard | Refused], None, None]:
+        for job in left():
             yield job, make_shard(recipe, job, tell)
 
-    made = here() if workers is None else workers(partial(make_shard, recipe), jobs)
+    made = here() if workers is None else workers(partial(make_shard, recipe), left())
     with contextlib.closing(made):
         for job, shard in made:
-            shards[job.number] = shard
+            if isinstance(shard, Refused):
+                bad += shard.lines
+            else:
+                shards[job.number] = shard
             done += len(job.plan.entries)
             tell(0)
+    if bad:
+        raise bad_images(bad, total)
     if workers is not None:
         _check_arrived(storage, shards.values())
     return [shards[job.number] for job in jobs], shape
+
+
+def _shape_of_first(
+    plans: list[ShardPlan], source: Source, preprocessing: Preprocessing
+) -> tuple[int, int, int]:
+    """Which shape all images must have: that of the first good one, also where an earlier attempt wrote it."""
+    bad: list[str] = []
+    entries = [entry for plan in plans for entry in plan.entries]
+    for entry in entries:
+        try:
+            return convert(source.reader, entry, preprocessing, None).shape
+        except BadImage as error:
+            bad.append(str(error))
+        if len(bad) == MAX_NAMED:
+            break
+    raise bad_images(bad, len(entries))
 
 
 def _check_arrived(storage: Storage, shards: Iterable[Shard]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -12,6 +13,9 @@ from pipelines.preprocess import Preprocessing, inspect
 from pipelines.shards import Sample, check_members, pack, parse_index, sha256
 from pipelines.sources import Entry, Reader
 from pipelines.storage import Storage
+
+MAX_NAMED = 20
+"""So many bad images are named, and with the last of them the search for more ends."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -52,25 +56,50 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to make. `num_bytes`: the tar's size where an earlier attempt left tar and index."""
+    """One shard to make. `num_bytes`: the tar's size where an earlier attempt left tar and index. `look_only`:
+    there will be no data set, and what is wanted is to know of its further bad images.
+    """
 
     number: int
     plan: ShardPlan
     num_bytes: int | None
+    look_only: bool = False
+
+
+class BadImage(UserError):
+    """An image that can't be taken, by its name and with the reason."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A shard that was not made, with a line for each of its bad images, `MAX_NAMED` at most."""
+
+    lines: tuple[str, ...]
+
+
+def bad_images(lines: Iterable[str], total: int) -> UserError:
+    """The error of a source of so many images that ends with these bad ones."""
+    told = sorted(lines)[:MAX_NAMED]
+    if len(told) == MAX_NAMED:
+        told.append(f"{MAX_NAMED} images can't be taken, where the search ended: there may be more")
+    elif len(told) > 1:
+        told.append(f"{len(told)} of {total} images can't be taken")
+    return UserError("\n".join(told))
 
 
 def any_colour(reader: Reader, entries: Sequence[Entry]) -> bool:
     for entry in entries:
         image = reader.load(entry).image
-        try:
+        # one that is none is named when it is to be stored, with all others
+        with contextlib.suppress(ValueError):
             if inspect(image) == 3:
                 return True
-        except ValueError as error:
-            raise UserError(f"{entry.name}: {error}") from None
     return False
 
 
-def make_shard(recipe: Recipe, job: Job, tell: Callable[[int], None] = lambda samples: None) -> Shard:
+def make_shard(
+    recipe: Recipe, job: Job, tell: Callable[[int], None] = lambda samples: None
+) -> Shard | Refused:
     """Put the two objects of a shard, unless they are there; `tell(n)` is called as n samples are done."""
     storage, plan = recipe.storage, job.plan
     shard = None if job.num_bytes is None else _written_before(storage, plan, job.num_bytes)
@@ -78,11 +107,21 @@ def make_shard(recipe: Recipe, job: Job, tell: Callable[[int], None] = lambda sa
         return shard
 
     samples: dict[str, Sample] = {}
+    bad: list[str] = []
     # whatever has to be read as a whole is read once, and the samples lie in their order all the same
-    for entry in sorted(plan.entries, key=lambda entry: entry.group):
-        made = convert(recipe.reader, entry, recipe.preprocessing, recipe.shape)
-        samples[entry.key] = made.sample
-        tell(len(samples))
+    for done, entry in enumerate(sorted(plan.entries, key=lambda entry: entry.group), 1):
+        try:
+            made = convert(recipe.reader, entry, recipe.preprocessing, recipe.shape)
+        except BadImage as error:
+            bad.append(str(error))
+            if len(bad) == MAX_NAMED:
+                break
+        else:
+            if not (bad or job.look_only):
+                samples[entry.key] = made.sample
+        tell(done)
+    if bad or job.look_only:
+        return Refused(tuple(bad))
     packed = pack(samples[entry.key] for entry in plan.entries)
     storage.put(plan.key, packed.tar)
     storage.put(plan.index_key, packed.index)
@@ -117,14 +156,15 @@ class Converted:
 def convert(
     reader: Reader, entry: Entry, preprocessing: Preprocessing, shape: tuple[int, int, int] | None
 ) -> Converted:
+    """The sample of an entry; raises `BadImage` where it can't be one, `UserError` where it can't be read."""
     loaded = reader.load(entry)
     try:
         image, found = preprocessing.apply(loaded.image)
         check_members(image, entry.label, loaded.members)
     except ValueError as error:
-        raise UserError(f"{entry.name}: {error}") from None
+        raise BadImage(f"{entry.name}: {error}") from None
     if shape is not None and found != shape:
-        raise UserError(
+        raise BadImage(
             f"{entry.name}: is {found[2]}×{found[1]} pixels and the first image {shape[2]}×{shape[1]}: "
             "give image_size to make them one"
         )

@@ -139,6 +139,7 @@ def checked_key(key: str) -> str:
     return key
 
 
+_ATTEMPTS = 5
 # a folder, or something below a file, is no object
 _NO_OBJECT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -148,6 +149,8 @@ class FileStorage:
 
     def __init__(self, root: Path) -> None:
         self._root = root.expanduser().absolute()
+        # down to the root, the folders that were not there before this object wrote
+        self._made: set[Path] = set()
 
     @property
     def uri(self) -> str:
@@ -211,8 +214,16 @@ class FileStorage:
 
     def _write_aside(self, key: str, data: bytes) -> Path:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+        if not self._root.exists():
+            self._made |= {folder for folder in (self._root, *self._root.parents) if not folder.exists()}
+        for attempt in range(_ATTEMPTS):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+                break
+            except FileNotFoundError:  # somebody's `delete` took it for a folder that is not needed
+                if attempt == _ATTEMPTS - 1:
+                    raise
         aside = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -250,10 +261,24 @@ class FileStorage:
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:
+        """As of every storage; folders that this empties go too, but for one that was there before."""
         for key in keys:
+            path = self._path(key)
             try:
-                self._path(key).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             except NotADirectoryError:
-                pass
+                continue
             except OSError as error:
                 raise self._error(key, error) from None
+            for folder in path.parents:
+                if (
+                    not (folder.is_relative_to(self._root) and folder != self._root)
+                    and folder not in self._made
+                ):
+                    break
+                try:
+                    folder.rmdir()
+                except FileNotFoundError:
+                    continue
+                except OSError:  # not empty
+                    break

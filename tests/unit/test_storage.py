@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,6 +145,41 @@ def test_delete_and_exists(storage: Storage) -> None:
     storage.delete([])
     storage.delete(iter(["a/y"]))
     assert storage.list() == []
+
+
+def test_folders_that_a_delete_empties_go_but_for_one_that_was_there_before(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "made" / "here"))
+    for key in ("a/b/x", "a/y"):
+        storage.put(key, b"")
+    storage.delete(["a/b/x"])
+    assert not (tmp_path / "made/here/a/b").exists()
+    storage.delete(["a/y"])
+    assert list(tmp_path.iterdir()) == []
+    for elsewhere in (open_storage(str(tmp_path)), open_storage(str(tmp_path / "other"))):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        elsewhere.put("a/x", b"")
+        elsewhere.delete(["a/x"])
+        assert [path.name for path in tmp_path.rglob("*")] == ["other"]
+
+
+def test_a_folder_that_goes_while_something_is_written_into_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, times = Path.mkdir, 0
+
+    def made_and_gone(path: Path, *arguments: Any, **options: Any) -> None:
+        nonlocal times
+        make(path, *arguments, **options)
+        times += 1
+        if times < 4:
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", made_and_gone)
+    open_storage(str(tmp_path)).put("a/x", b"1")
+    assert (tmp_path / "a/x").read_bytes() == b"1"
+    times = -100
+    with pytest.raises(StorageError, match="No such file"):
+        open_storage(str(tmp_path)).put("b/x", b"1")
 
 
 @pytest.mark.parametrize("key", ["x", "folder", "file/below", "no/such/folder/x"])
