@@ -15,7 +15,7 @@ from pipelines.images import check_levels, stored_shape
 from pipelines.prepare import Progress
 from pipelines.prepare_commit import claim, commit, discard, finished
 from pipelines.prepare_plan import keyed_hash
-from pipelines.prepare_shards import MAX_NAMED, Workers, bad_images
+from pipelines.prepare_shards import MAX_NAMED, BadImages, Workers
 from pipelines.preprocess import check_plain
 from pipelines.shards import crc32c, index_of, sha256
 from pipelines.source_find import Found, find, read_object
@@ -163,7 +163,7 @@ def _scan_all(
         if progress is not None:
             progress(len(result), len(sizes))
     if bad:
-        raise bad_images(bad, sum(len(tar.labels) for tar in result.values()))
+        raise BadImages.of(bad, sum(len(tar.labels) for tar in result.values()))
     return [result[key] for key in sorted(result)]
 
 

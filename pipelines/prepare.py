@@ -20,13 +20,13 @@ from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, plan_shards
 from pipelines.prepare_shards import (
     MAX_NAMED,
     BadImage,
+    BadImages,
     Job,
     Recipe,
     Refused,
     ShardPlan,
     Workers,
     any_colour,
-    bad_images,
     convert,
     make_shard,
 )
@@ -70,7 +70,8 @@ def prepare(
     makes the shards; without it they are made here, one by one.
 
     Raises `UserError` on a bad option, source or image, and where `out` holds a data set that was made
-    otherwise. Of bad images the first 20 are named, a line each, and nothing of what was written stays.
+    otherwise. Of bad images the first 20 are named, a line each, and nothing of what was written stays. After any
+    other error what is written stays, and the next call goes on from it.
     """
     _check_options(test_fraction, shard_count, samples_per_shard)
     storage = open_storage(out)
@@ -85,18 +86,17 @@ def prepare(
         "samples_per_shard": None if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD,
         "seed": seed,
     }
-    if (existing := finished(storage, options)) is not None:
+    existing = finished(storage, options)
+    if existing is not None:
         if not (damage := incomplete(existing)):
             return existing
         log.warning("%s: made again", "; ".join(damage))
     plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
     claim(storage, options)
     try:
-        shards, shape = _write_shards(storage, plans, found, preprocessing, progress, workers)
-    except StorageError:
-        raise  # what is written is right, and the next call goes on from it
-    except UserError:
-        # another process may have finished the same data set meanwhile
+        shards, shape = _write_shards(storage, plans, existing, found, preprocessing, progress, workers)
+    except BadImages:
+        # whoever prepares the same meets the same images; of a finished set nothing is thrown away
         if not storage.exists(RECORD_KEY):
             discard(storage, plans)
         raise
@@ -152,6 +152,7 @@ def _in_colour(source: Source, workers: Workers | None) -> bool:
 def _write_shards(
     storage: Storage,
     plans: list[ShardPlan],
+    existing: Dataset | None,
     source: Source,
     preprocessing: Preprocessing,
     progress: Progress | None,
@@ -160,8 +161,16 @@ def _write_shards(
     sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
     shape = _shape_of_first(plans, source, preprocessing)
     recipe = Recipe(storage, source.reader, preprocessing, shape)
+    named = (
+        {} if existing is None else {shard.key: shard for split in SPLITS for shard in existing.shards(split)}
+    )
     jobs = [
-        Job(number, plan, sizes.get(plan.key) if plan.index_key in sizes else None)
+        Job(
+            number,
+            plan,
+            sizes.get(plan.key) if plan.index_key in sizes else None,
+            named=named.get(plan.key),
+        )
         for number, plan in enumerate(plans)
     ]
     total, done = sum(len(plan.entries) for plan in plans), 0
@@ -192,9 +201,8 @@ def _write_shards(
             done += len(job.plan.entries)
             tell(0)
     if bad:
-        raise bad_images(bad, total)
-    if workers is not None:
-        _check_arrived(storage, shards.values())
+        raise BadImages.of(bad, total)
+    _check_arrived(storage, shards.values())
     return [shards[job.number] for job in jobs], shape
 
 
@@ -211,15 +219,18 @@ def _shape_of_first(
             bad.append(str(error))
         if len(bad) == MAX_NAMED:
             break
-    raise bad_images(bad, len(entries))
+    raise BadImages.of(bad, len(entries))
 
 
 def _check_arrived(storage: Storage, shards: Iterable[Shard]) -> None:
-    """A folder of one machine is not that of another, and the record must not name what nobody can read."""
+    """The record must not name what nobody can read: a folder of one machine is not that of another, and another
+    process may have cleaned up here.
+    """
     sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
     for shard in shards:
         if sizes.get(shard.key) != shard.num_bytes or shard.index_key not in sizes:
             raise StorageError(
-                f"{storage.uri}/{shard.key}: was written by a worker and is not to be seen here: write to S3 or to "
-                "a folder that all machines share, or prepare in this process (--local)"
+                f"{storage.uri}/{shard.key}: was written and is not to be seen here: write to S3 or to a folder "
+                "that all machines share, or prepare in this process (--local); if another process prepared the "
+                "same, prepare again"
             )

@@ -101,8 +101,16 @@ def commit(
     options: Mapping[str, Any],
     shards: list[Shard],
 ) -> None:
-    """Put the list of shards, then the record, which makes the data set visible."""
+    """Put the list of shards, then the record, which makes the data set visible.
+
+    Raises `UserError` where a record stands that names another list, and leaves that list alone.
+    """
     listing = shards_to_parquet(shards)
+    if storage.exists(RECORD_KEY) and _named_listing(storage) != sha256(listing):
+        raise UserError(
+            f"{storage.uri}/{SHARDS_KEY}: can't be made again here: {RECORD_KEY} names another list of shards than "
+            "these make; choose another --out"
+        )
     storage.put(SHARDS_KEY, listing)
     splits = {}
     for split in SPLITS:
@@ -121,6 +129,14 @@ def commit(
     }
     # whoever is second made the same record, which `prepare` then reads
     storage.put_if_absent(RECORD_KEY, json.dumps(record, indent=2, ensure_ascii=False).encode())
+
+
+def _named_listing(storage: Storage) -> str | None:
+    try:
+        record = json.loads(storage.get(RECORD_KEY))
+    except (ValueError, RecursionError, ObjectMissing):
+        return None
+    return record.get("shards_sha256") if isinstance(record, dict) else None
 
 
 def discard(storage: Storage, plans: list[ShardPlan]) -> None:

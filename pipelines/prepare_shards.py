@@ -57,13 +57,15 @@ class Recipe:
 @dataclass(frozen=True)
 class Job:
     """One shard to make. `num_bytes`: the tar's size where an earlier attempt left tar and index. `look_only`:
-    there will be no data set, and what is wanted is to know of its further bad images.
+    there will be no data set, and what is wanted is to know of its further bad images. `named`: what a finished
+    data set names, which the shard must then be to the last byte.
     """
 
     number: int
     plan: ShardPlan
     num_bytes: int | None
     look_only: bool = False
+    named: Shard | None = None
 
 
 class BadImage(UserError):
@@ -77,14 +79,18 @@ class Refused:
     lines: tuple[str, ...]
 
 
-def bad_images(lines: Iterable[str], total: int) -> UserError:
-    """The error of a source of so many images that ends with these bad ones."""
-    told = sorted(lines)[:MAX_NAMED]
-    if len(told) == MAX_NAMED:
-        told.append(f"{MAX_NAMED} images can't be taken, where the search ended: there may be more")
-    elif len(told) > 1:
-        told.append(f"{len(told)} of {total} images can't be taken")
-    return UserError("\n".join(told))
+class BadImages(UserError):
+    """A source that can't become a data set, with a line for each of its bad images."""
+
+    @classmethod
+    def of(cls, lines: Iterable[str], total: int) -> BadImages:
+        """Of a source of so many images; `MAX_NAMED` lines at most."""
+        told = sorted(lines)[:MAX_NAMED]
+        if len(told) == MAX_NAMED:
+            told.append(f"{MAX_NAMED} images can't be taken, where the search ended: there may be more")
+        elif len(told) > 1:
+            told.append(f"{len(told)} of {total} images can't be taken")
+        return cls("\n".join(told))
 
 
 def any_colour(reader: Reader, entries: Sequence[Entry]) -> bool:
@@ -102,9 +108,9 @@ def make_shard(
 ) -> Shard | Refused:
     """Put the two objects of a shard, unless they are there; `tell(n)` is called as n samples are done."""
     storage, plan = recipe.storage, job.plan
-    shard = None if job.num_bytes is None else _written_before(storage, plan, job.num_bytes)
-    if shard is not None:
-        return shard
+    there = None if job.num_bytes is None else _written_before(storage, plan, job.num_bytes)
+    if there is not None and job.named in (None, there):
+        return there
 
     samples: dict[str, Sample] = {}
     bad: list[str] = []
@@ -123,9 +129,16 @@ def make_shard(
     if bad or job.look_only:
         return Refused(tuple(bad))
     packed = pack(samples[entry.key] for entry in plan.entries)
+    shard = _row(plan, len(packed.tar), packed.tar_sha256, packed.index)
+    if job.named is not None and shard != job.named:
+        raise UserError(
+            f"{storage.uri}/{plan.key}: can't be made again here: its images, or the libraries that store them "
+            "(Pillow, zlib, pyarrow), are not those that the data set was made with; use those, or choose another "
+            "--out"
+        )
     storage.put(plan.key, packed.tar)
     storage.put(plan.index_key, packed.index)
-    return _row(plan, len(packed.tar), packed.tar_sha256, packed.index)
+    return shard
 
 
 def _row(plan: ShardPlan, num_bytes: int, tar_sha256: str, index: bytes) -> Shard:

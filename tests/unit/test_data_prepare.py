@@ -17,14 +17,17 @@ import webdataset
 from PIL import Image
 
 from pipelines import prepare as module
+from pipelines import prepare_commit, prepare_shards
 from pipelines.dataset import Dataset
 from pipelines.decode import decode
 from pipelines.errors import UserError
 from pipelines.prepare import prepare
 from pipelines.prepare_plan import plan_shards
-from pipelines.shards import parse_index, sha256
+from pipelines.prepare_ray import PreparingStopped
+from pipelines.shards import Sample, pack, parse_index, sha256
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, StorageError, open_storage
+from pipelines.verify_dataset import verify_dataset
 from tests.support.data import WatchedStorage, image_bytes, random_images, write_image
 
 
@@ -366,6 +369,74 @@ def test_when_the_storage_fails_what_is_written_stays_for_the_next_call(
     opened = watch(monkeypatch)
     assert prepare(str(photos), str(out), shard_count=2).count("train") > 0
     assert not [key for key in opened[0].puts if key.startswith("train/")]
+
+
+def test_workers_that_stop_leave_what_is_written_to_the_next_call(photos: Path, tmp_path: Path) -> None:
+    """ "The same command goes on from here" is what they say."""
+    out = tmp_path / "out"
+
+    def stopping(work: Any, tasks: Any) -> Any:
+        for number, task in enumerate(tasks):
+            if number == 2:
+                raise PreparingStopped("preparing stopped: a worker died; the same command goes on from here")
+            yield task, work(task)
+
+    with pytest.raises(PreparingStopped):
+        prepare(str(photos), str(out), shard_count=4, channels=3, workers=stopping)
+    assert len([key for key in files(out) if key.endswith(".index.parquet")]) == 2
+    prepare(str(photos), str(out), shard_count=4, channels=3)
+    prepare(str(photos), str(tmp_path / "undisturbed"), shard_count=4, channels=3)
+    assert files(out) == files(tmp_path / "undisturbed")
+
+
+def test_what_another_process_took_away_is_not_committed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def take(key: str) -> None:
+        if key == "test/shard-000000.index.parquet":
+            (out / "train/shard-000000.tar").unlink()
+
+    with monkeypatch.context() as patch:
+        watch(patch, on_put=take)
+        assert "train/shard-000000.tar: was written and is not to be seen" in refusal(str(photos), str(out))
+    assert not (out / "dataset.json").exists()
+    assert prepare(str(photos), str(out)).count("train") > 0
+
+
+def test_what_can_not_be_made_again_byte_for_byte_is_refused_and_the_rest_stays(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine whose zlib compresses otherwise."""
+    out = tmp_path / "out"
+    prepare(str(photos), str(out), shard_count=3, image_size=6)
+    (out / "train/shard-000001.tar").unlink()
+    left = files(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_shards, "pack", lambda samples: pack(padded(sample) for sample in samples))
+        line = refusal(str(photos), str(out), shard_count=3, image_size=6)
+        assert "train/shard-000001.tar: can't be made again here" in line
+    assert files(out) == left
+    prepare(str(photos), str(out), shard_count=3, image_size=6)
+    assert not verify_dataset(Dataset.load(str(out))).problems
+
+
+def padded(sample: Sample) -> Sample:
+    return sample._replace(image=sample.image + b"\0")
+
+
+def test_a_list_of_shards_that_the_record_does_not_name_is_not_put(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prepare(str(photos), str(out), shard_count=3)
+    (out / "shards.parquet").unlink()
+    left = files(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_commit, "shards_to_parquet", lambda shards: b"by another pyarrow")
+        assert "shards.parquet: can't be made again here" in refusal(str(photos), str(out), shard_count=3)
+    assert files(out) == left
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,7 @@ def test_shards_that_only_their_worker_can_see_are_no_data_set(tmp_path: Path) -
             for tar in out.glob("train/*.tar"):
                 tar.unlink()
 
-    with pytest.raises(
-        StorageError, match=r"shard-000000\.tar: was written by a worker and is not to be seen"
-    ):
+    with pytest.raises(StorageError, match=r"shard-000000\.tar: was written and is not to be seen"):
         prepare(source, str(out), channels=1, workers=OtherMachine(2))
     assert not (out / "dataset.json").exists()
 
