@@ -56,7 +56,8 @@ class Pace:
 
 
 PACE = Pace()
-_MOST_AT_ONCE = 2**20
+# larger pieces are memory that is new every time
+_MOST_AT_ONCE = 2**18
 
 
 def read_steadily(read1: Callable[[int], bytes], pace: Pace | None = None) -> bytes:

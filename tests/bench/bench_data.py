@@ -5,7 +5,7 @@ turns in this one run; a figure is the median of its turns. "A core" is a second
 its threads included, which does not see what else the machine does; the clock is printed beside it. Ray Data
 works in processes of its own, so that only its time by the clock is known.
 
-mosaicml-streaming 0.13 is not here: it wants numpy < 2.2, and constraints.txt pins a later one.
+mosaicml-streaming takes part where it can be imported; `tests/bench/peer_streaming.py` says how.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pipelines.decode import decode_many
 from pipelines.images import encode_png
 from pipelines.reader import StreamBatches
 from pipelines.shards import Sample, pack
+from tests.bench import peer_streaming
 from tests.support.data import put_dataset
 from tests.support.s3 import BUCKET, moto_server, use_endpoint
 
@@ -116,10 +117,12 @@ def put(uri: str, files: list[bytes], count: int, per_shard: int, side: int) -> 
 
 def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset], rounds: int) -> None:
     side = KINDS[kind][0]
+    # the bytes of each sample in a place of their own, as a loader finds them: not those still in the CPU's cache
+    apart = [bytes(bytearray(files[number % len(files)])) for number in range(count)]
     ways: dict[str, Callable[[], Images]] = {
-        "decode alone": lambda: _decode_alone(files, count, side),
-        f"{LIBRARY[side]} alone": lambda: _library_alone(files, count, side),
-        "Pillow alone": lambda: _pillow_alone(files, count),
+        "decode alone": lambda: _decode_alone(apart, side),
+        f"{LIBRARY[side]} alone": lambda: _library_alone(apart, side),
+        "Pillow alone": lambda: _pillow_alone(apart),
     }
     for place, dataset in sets.items():
         ways |= {
@@ -128,6 +131,15 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
             f"webdataset, {place}": lambda dataset=dataset: _webdataset(dataset),  # type: ignore[misc]
         }
     ways["webdataset streamed, S3"] = lambda: _webdataset(sets["S3"], streamed=True)
+    peers = {"webdataset": sets.keys(), "webdataset streamed": ["S3"]}
+    if streaming := peer_streaming.load():
+        peers["mosaicml-streaming"] = sets.keys()
+        for place, dataset in sets.items():
+            copy = dataset.uri.removeprefix("file://") + "-mds"
+            peer_streaming.write(streaming, copy, files, count)
+            ways[f"mosaicml-streaming, {place}"] = lambda copy=copy: peer_streaming.batches(  # type: ignore[misc]
+                streaming, copy, BATCH
+            )
     _check_pixels(ways["ours, disk"](), files)
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     clock: dict[str, list[float]] = {name: [] for name in ways}
@@ -139,7 +151,9 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
             if turn:  # the first one warms up
                 cpu[name].append((time.process_time() - spent) / count)
                 clock[name].append((time.perf_counter() - began) / count)
-    print(f"\n{kind}, {len(files[0]):,} bytes, {count:,} samples, {rounds} turns")
+    print(
+        f"\n{kind}, {len(files[0]):,} bytes, {count:,} samples, {rounds} turns, webdataset {wds.__version__}"
+    )
     print(f"  {'':24}{'samples/s a core':>18}{'samples/s by the clock':>25}")
     for name in ways:
         a, b = (1 / statistics.median(times[name]) for times in (cpu, clock))
@@ -152,36 +166,36 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
         ]
         return f"{pairs[0]:.2f} a core, {pairs[1]:.2f} by the clock"
 
+    for peer, places in peers.items():
+        for place in places:
+            print(f"  ours against {peer}, {place}: {ratio(f'{peer}, {place}', f'ours, {place}')}")
     for place in sets:
-        faster = ratio(f"webdataset, {place}", f"ours, {place}")
-        print(f"  ours against webdataset {wds.__version__}, {place}: {faster}")
         for floor in ("decode alone", f"{LIBRARY[side]} alone"):
             print(f"  time against {floor}, {place}: {ratio(f'ours, {place}', floor)}")
-    print(f"  ours against webdataset streamed, S3: {ratio('webdataset streamed, S3', 'ours, S3')}")
     print(f"  time from S3 against disk: {ratio('ours, S3', 'ours, disk')}")
 
 
-def _decode_alone(files: list[bytes], count: int, side: int) -> Images:
+def _decode_alone(files: list[bytes], side: int) -> Images:
     images = np.empty((BATCH, side, side, 3), np.uint8)
-    for first in range(0, count, BATCH):
-        batch = {place: files[(first + place) % len(files)] for place in range(BATCH)}
+    for first in range(0, len(files), BATCH):
+        batch = {place: files[first + place] for place in range(BATCH)}
         assert not decode_many(batch, images)
         yield images
 
 
-def _library_alone(files: list[bytes], count: int, side: int) -> Images:
+def _library_alone(files: list[bytes], side: int) -> Images:
     """One call of the library an image, and nothing else."""
     load = pyspng.load if side == 32 else simplejpeg.decode_jpeg
     images = np.empty((BATCH, side, side, 3), np.uint8)
-    for first in range(0, count, BATCH):
+    for first in range(0, len(files), BATCH):
         for place in range(BATCH):
-            images[place] = load(files[(first + place) % len(files)])
+            images[place] = load(files[first + place])
         yield images
 
 
-def _pillow_alone(files: list[bytes], count: int) -> Images:
-    for first in range(0, count, BATCH):
-        some = (files[(first + place) % len(files)] for place in range(BATCH))
+def _pillow_alone(files: list[bytes]) -> Images:
+    for first in range(0, len(files), BATCH):
+        some = (files[first + place] for place in range(BATCH))
         yield np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in some])
 
 
