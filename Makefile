@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench bench-core bench-data test-s3 test-k8s clean
+.PHONY: help install demo test lint format bench bench-core bench-data bench-write test-s3 test-k8s clean
 
 help:
 	@echo "make demo      the whole way on handwritten digits, on this machine alone"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench     speed, as ratios to a named peer or limit"
 	@echo "make bench-core  ddpm_core against diffusers: training steps, sampling, share of the peak"
 	@echo "make bench-data  reading images against webdataset, Ray Data and decoding alone, from disk and S3"
+	@echo "make bench-write  writing images into shards against webdataset's ShardWriter"
 	@echo "make test-s3   the S3 tests against Ceph's gateway (radosgw ceph-mon ceph-osd ceph-mgr)"
 	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
 	@echo "make clean     stop the local stack and remove what was made here"
@@ -51,6 +52,9 @@ test-s3: install
 
 bench-data: install
 	@$(BIN)/python -m tests.bench.bench_data
+
+bench-write: install
+	@$(BIN)/python -m tests.bench.bench_write
 
 test-k8s: install
 	@$(BIN)/python -m pytest -m k8s

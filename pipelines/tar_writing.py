@@ -47,7 +47,8 @@ def _headers(names: Sequence[str], sizes: NDArray[np.int64]) -> Sequence[bytes]:
     blocks[:, :_NAME_BYTES] = np.array(names, dtype=f"S{_NAME_BYTES}").view(np.uint8).reshape(-1, _NAME_BYTES)
     blocks[:, _SIZE] = _octal(sizes, 11)
     # the sum of all bytes, where the sum's own field counts as eight blanks, of which one stands there
-    blocks[:, _CHECKSUM] = _octal(blocks.sum(axis=1, dtype=np.uint32) + 7 * ord(" "), 6)
+    rest = int(_template()[_SIZE.stop :].sum(dtype=np.uint32)) + 7 * ord(" ")
+    blocks[:, _CHECKSUM] = _octal(blocks[:, : _SIZE.stop].sum(axis=1, dtype=np.uint32) + rest, 6)
     return blocks.view(f"V{_BLOCK_BYTES}").ravel().tolist()
 
 
