@@ -114,7 +114,6 @@ def open_source(
         from pipelines.source_numpy import open_arrays
 
         return open_arrays(Path(source).expanduser(), labels, image, label)
-    from pipelines.source_files import folder, open_zip
     from pipelines.source_find import find
 
     found = find(source)
@@ -130,7 +129,11 @@ def open_source(
         return open_parquet(found.storage, found.keys, found.name, found.where, image, label)
     _refuse_options(found.kind, image=image, label=label)
     if found.kind == "zip":
+        from pipelines.source_zip import open_zip
+
         return open_zip(Path(source).expanduser(), labels)
+    from pipelines.source_files import folder
+
     return folder(found, labels)
 
 
