@@ -74,7 +74,7 @@ def prepare(
     """
     _check_options(test_fraction, shard_count, samples_per_shard)
     storage = open_storage(out)
-    found = open_source(source, labels=labels, image=image, label=label)
+    found = open_source(source, labels=labels, image=image, label=label, workers=workers)
     preprocessing = _preprocessing(found, image_size, channels, levels, png_encoder, workers)
     options = {
         "source": found.kind,

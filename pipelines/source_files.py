@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ from pipelines.sources import (
     fingerprint,
     key_of,
     ordered,
+    state_of,
     warn_passed_over,
 )
 from pipelines.storage import Storage
@@ -43,30 +44,45 @@ def folder(found: Found, labels: str | None) -> Source:
     of that sample. Hidden files are passed over, and so, with a warning that counts them, are all others.
     """
     known = {name: str(size) for name, size in found.keys.items()}
-    return collect("folder", found.name, found.where, known, _FileReader(found.storage), labels)
+    return collect(
+        "folder", found.name, found.where, known, _FileReader(found.storage), labels, found.versions
+    )
 
 
 def collect(
-    kind: str, name: str, where: str, files: Mapping[str, str], reader: Reader, labels: str | None
+    kind: str,
+    name: str,
+    where: str,
+    files: Mapping[str, str],
+    reader: Reader,
+    labels: str | None,
+    versions: Mapping[str, str] | None = None,
 ) -> Source:
-    """The source made of these files: names relative to its root, each with what is known of its content."""
+    """The source made of these files: names relative to its root, each with what is known of its content, and with
+    its version where that is not all.
+    """
     where = printable(where)
     images = sorted(name for name in files if name.lower().endswith(SUFFIXES) and _stem(name))
     if not images:
         found = f"{len(files)} other files" if files else "nothing"
         raise UserError(f"source: {where} holds no image, but {found}: images end in {', '.join(SUFFIXES)}")
-    others: dict[str, list[tuple[str, str]]] = {_stem(image): [] for image in images}
+    others: dict[str, dict[str, str]] = {_stem(image): {} for image in images}
     passed_over = []
     for other in sorted(set(files) - set(images)):
         extension = PurePosixPath(other).suffix.lower()[1:]
-        if extension and _stem(other) in others:
-            others[_stem(other)].append((extension, other))
-        else:
+        if not extension or _stem(other) not in others:
             passed_over.append(other)
+        elif (first := others[_stem(other)].setdefault(extension, other)) != other:
+            raise UserError(
+                f"source: {where}: {printable(first)} and {printable(other)} would both be the member .{extension} "
+                f"of the sample {key_of(other)!r}: rename one"
+            )
     warn_passed_over(where, passed_over, "files that are not named like images")
     classes, numbers = labels_of(where, images, labels)
     entries = [
-        Entry(key_of(image), label, f"{where}/{printable(image)}", (image, tuple(others[_stem(image)])))
+        Entry(
+            key_of(image), label, f"{where}/{printable(image)}", (image, tuple(others[_stem(image)].items()))
+        )
         for image, label in zip(images, numbers, strict=True)
     ]
     return Source(
@@ -77,18 +93,25 @@ def collect(
         entries=ordered(where, entries),
         fingerprint=fingerprint(_listing(images, others, files, [*classes, *numbers] if labels else [])),
         reader=reader,
+        state=state_of({name: versions[name] for name in _used(images, others)}) if versions else "",
     )
+
+
+def _used(images: Iterable[str], others: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """The names of the files that are in samples, sample by sample."""
+    for image in images:
+        yield image
+        yield from others[_stem(image)].values()
 
 
 def _listing(
     images: list[str],
-    others: Mapping[str, list[tuple[str, str]]],
+    others: Mapping[str, Mapping[str, str]],
     files: Mapping[str, str],
     labels: list[Any],
 ) -> Iterator[str]:
-    for image in images:
-        for name in (image, *(other for _, other in others[_stem(image)])):
-            yield f"{os.fsencode(name)!r} {files[name]}"
+    for name in _used(images, others):
+        yield f"{os.fsencode(name)!r} {files[name]}"
     for label in labels:
         yield f"label {label}"
 
