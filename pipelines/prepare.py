@@ -85,12 +85,12 @@ def prepare(
         "samples_per_shard": None if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD,
         "seed": seed,
     }
-    if (existing := finished(storage, options)) is not None:
+    if (existing := finished(storage, options, found.state)) is not None:
         if not (damage := incomplete(existing)):
             return existing
         log.warning("%s: made again", "; ".join(damage))
     plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
-    claim(storage, options)
+    claim(storage, options, found.state)
     try:
         shards, shape = _write_shards(storage, plans, found, preprocessing, progress, workers)
     except StorageError:
