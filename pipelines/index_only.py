@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
 from urllib.parse import quote, unquote
 
-from pipelines.dataset import RECORD_KEY, Dataset, Shard
+from pipelines.dataset import Dataset, Shard
+from pipelines.duplicates import same_content
 from pipelines.errors import UserError, printable
-from pipelines.images import check_levels, stored_shape
+from pipelines.images import check_levels
+from pipelines.index_scan import SCANS, Scanned, Scans, scan_tar
 from pipelines.prepare import Progress
-from pipelines.prepare_commit import claim, commit, discard, finished
+from pipelines.prepare_commit import claim, commit, finished
 from pipelines.prepare_plan import keyed_hash
 from pipelines.prepare_shards import MAX_NAMED, BadImages, Workers
-from pipelines.preprocess import check_plain
-from pipelines.shards import crc32c, index_of, sha256
-from pipelines.source_find import Found, find, read_object
-from pipelines.source_tar import LABEL_EXTENSION, list_tar
-from pipelines.sources import fingerprint, number_labels, warn_passed_over
+from pipelines.shards import index_of, sha256
+from pipelines.source_find import Found, find
+from pipelines.source_tar import LABEL_EXTENSION
+from pipelines.sources import fingerprint, number_labels, state_of, warn_passed_over
 from pipelines.storage import Storage, StorageError, open_storage
 
-
-@dataclass(frozen=True)
-class Scanned:
-    """What is known of one tar once it has been read. `labels`: as they are written, None for none. `bad`: a line
-    for each image that can't be taken, `MAX_NAMED` at most.
-    """
-
-    key: str
-    num_bytes: int
-    sha256: str
-    columns: Mapping[str, list[str | int]]
-    labels: tuple[str | None, ...]
-    shape: tuple[int, int, int] | None
-    passed_over: tuple[str, ...]
-    bad: tuple[str, ...] = ()
+log = logging.getLogger(__name__)
 
 
 def index_tars(
@@ -60,7 +48,10 @@ def index_tars(
     least one. A tar below `out` is named by its key, so that both can be moved together, others by their URI.
     Other arguments are those of `pipelines.prepare.prepare`; `progress` counts tars.
 
-    Raises `UserError` naming the tar and the member that is not taken.
+    What was found in a tar is kept below `out` until the data set is whole, so that a second call reads only the
+    rest; a finished data set gets back an index that it lost.
+
+    Raises `UserError` naming the tar and the member that is not taken, or two tars of equal content.
     """
     levels = 256 if levels is None else levels
     try:
@@ -72,6 +63,7 @@ def index_tars(
         raise UserError(f"source: {found.where}: --index-only is for .tar files, and this is a {found.kind}")
     if len(found.keys) < 2:
         raise UserError(f"source: {found.where}: --index-only holds out whole tars, so it needs two at least")
+    _check_names(found)
     storage = open_storage(out)
     options: dict[str, Any] = {
         "source": "index-only",
@@ -83,33 +75,63 @@ def index_tars(
         "image_member": image,
         "label_member": label or LABEL_EXTENSION,
     }
-    if (existing := finished(storage, options)) is not None:
-        return existing
-    claim(storage, options)
-    try:
-        return _index(found, storage, options, image, label, progress, workers)
-    except StorageError:
-        raise  # what is written is right, and the next call goes on from it
-    except UserError:
-        if not storage.exists(RECORD_KEY):
-            discard(storage, [])
-        raise
-
-
-def _index(
-    found: Found,
-    storage: Storage,
-    options: dict[str, Any],
-    image: str | None,
-    label: str | None,
-    progress: Progress | None,
-    workers: Workers | None,
-) -> Dataset:
     scan = partial(scan_tar, found.storage, image=image, label=label)
-    scanned = _scan_all(found.keys, scan, progress, workers)
+    state = state_of(found.versions)
+    if (existing := finished(storage, options, state)) is not None:
+        _complete(existing, found, scan)
+        return existing
+    claim(storage, options, state, take=False)
+    scans = Scans(storage, image, label)
+    try:
+        scanned = _scan_all(found, scans, scan, progress, workers)
+        made = _assign(found, scanned, options)
+    except UserError as error:
+        # what failed goes on from the scans; what was a mistake leaves nothing
+        if not isinstance(error, StorageError) and error.exit_code == UserError.exit_code:
+            storage.delete(map(scans.key_of, found.keys))
+        raise
+    claim(storage, options, state)
+    for shard, index in made.shards:
+        storage.put(shard.index_key, index)
+    rows = [replace(shard, key=_key_of(storage, found.storage, shard.key)) for shard, _ in made.shards]
+    commit(storage, printable(found.name), made.shape, levels, made.classes, options, rows)
+    storage.delete(map(scans.key_of, found.keys))
+    dataset = finished(storage, options, state)
+    assert dataset is not None
+    return dataset
+
+
+def _check_names(found: Found) -> None:
+    """The list of shards holds names as text, and a reader takes them from there."""
+    for key in ("", *found.keys):
+        try:
+            key.encode()
+            unquote(found.storage.uri, errors="strict")
+        except UnicodeError:
+            raise UserError(
+                f"source: {printable(f'{found.where}/{key}'.rstrip('/'))}: its name is no UTF-8 text: rename it, "
+                "or prepare without --index-only"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """`shards`: each with its index; a shard's key is that of its tar in the source."""
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    shards: list[tuple[Shard, bytes]]
+
+
+def _assign(found: Found, scanned: list[Scanned], options: Mapping[str, Any]) -> _Assigned:
     passed_over = [name for tar in scanned for name in tar.passed_over]
     warn_passed_over(found.where, passed_over, "members that are no sample's")
     scanned = [tar for tar in scanned if tar.labels]
+    for one, two in same_content((tar.key, tar.sha256) for tar in scanned):
+        raise UserError(
+            f"source: {found.where}: {printable(one)} and {printable(two)} are one tar twice (equal SHA-256), and "
+            "samples held out must be in no other: take one out"
+        )
     shape = _one_shape(found.storage, scanned, options["image_size"])
     classes, numbers = number_labels(
         found.where,
@@ -123,32 +145,69 @@ def _index(
         split = "test" if tar.key in held_out else "train"
         index_key = f"{split}/shard-{counts[split]:06d}.index.parquet"
         counts[split] += 1
-        columns: dict[str, Sequence[str | int]] = {
-            **tar.columns,
-            "label": numbers[stop - len(tar.labels) : stop],
-        }
-        index = index_of(columns, tar.sha256, tar.num_bytes)
-        storage.put(index_key, index)
-        key = _key_of(storage, found.storage, tar.key)
-        shards.append(Shard(split, key, index_key, len(tar.labels), tar.num_bytes, tar.sha256, sha256(index)))
-    shards.sort(key=lambda shard: (shard.split != "train", shard.index_key))
-    commit(storage, printable(found.name), shape, options["levels"], classes, options, shards)
-    dataset = finished(storage, options)
-    assert dataset is not None
-    return dataset
+        index = _index(tar, numbers[stop - len(tar.labels) : stop])
+        count = len(tar.labels)
+        shard = Shard(split, tar.key, index_key, count, tar.num_bytes, tar.sha256, sha256(index))
+        shards.append((shard, index))
+    shards.sort(key=lambda made: (made[0].split != "train", made[0].index_key))
+    return _Assigned(shape, classes, shards)
+
+
+def _index(tar: Scanned, numbers: Sequence[int]) -> bytes:
+    columns: dict[str, Sequence[str | int]] = {**tar.columns, "label": numbers}
+    return index_of(columns, tar.sha256, tar.num_bytes)
+
+
+def _complete(dataset: Dataset, found: Found, scan: Callable[[tuple[str, int]], Scanned]) -> None:
+    """Put back what a finished data set has lost of its indexes; `UserError` where its tars are not these."""
+    storage = dataset.storage
+    tars = {_key_of(storage, found.storage, key): (key, size) for key, size in found.keys.items()}
+    for split, shards in dataset.splits.items():
+        there = {info.key for info in storage.list(f"{split}/")}
+        for shard in shards:
+            if shard.key not in tars:
+                raise UserError(
+                    f"{storage.uri}: is of the tar {printable(dataset.uri_of(shard))}, and those of {found.where} "
+                    "lie elsewhere: choose another --out"
+                )
+            if shard.index_key in there:
+                continue
+            log.warning("%s/%s is missing: made again", storage.uri, shard.index_key)
+            tar = scan(tars[shard.key])
+            index = _index(tar, [_number_of(label, dataset.classes) for label in tar.labels])
+            if tar.bad or sha256(index) != shard.index_sha256:
+                raise UserError(
+                    f"{storage.uri}/{shard.index_key}: is lost, and can't be made again as it was (the tar has "
+                    "changed, or another PyArrow wrote it): choose another --out"
+                )
+            storage.put(shard.index_key, index)
+
+
+def _number_of(label: str | None, classes: Sequence[str]) -> int:
+    """The number that `number_labels` gave this label."""
+    if label is None or label == "-1":
+        return -1
+    name = printable(label)
+    return classes.index(name) if name in classes else int(label)
 
 
 def _scan_all(
-    sizes: Mapping[str, int],
+    found: Found,
+    scans: Scans,
     scan: Callable[[tuple[str, int]], Scanned],
     progress: Progress | None,
     workers: Workers | None,
 ) -> list[Scanned]:
     result: dict[str, Scanned] = {}
     bad: list[str] = []
+    kept = {info.key for info in scans.storage.list(SCANS)}
+    for key, size in found.keys.items():
+        if scans.key_of(key) in kept and (tar := scans.get(key, size, found.versions[key])):
+            result[key] = tar
+    tasks = [task for task in found.keys.items() if task[0] not in result]
 
     def left() -> Iterator[tuple[str, int]]:
-        for task in sizes.items():
+        for task in tasks:
             if len(bad) >= MAX_NAMED:
                 return
             yield task
@@ -157,61 +216,18 @@ def _scan_all(
         for task in left():
             yield task, scan(task)
 
+    if result and progress is not None:
+        progress(len(result), len(found.keys))
     for (key, _), scanned in here() if workers is None else workers(scan, left()):
         result[key] = scanned
         bad += scanned.bad
+        if not bad:
+            scans.put(scanned, found.versions[key])
         if progress is not None:
-            progress(len(result), len(sizes))
+            progress(len(result), len(found.keys))
     if bad:
         raise BadImages.of(bad, sum(len(tar.labels) for tar in result.values()))
     return [result[key] for key in sorted(result)]
-
-
-def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, label: str | None) -> Scanned:
-    """Read one tar, whole: where its images lie, their checksums and labels, and their shape, which is one."""
-    key, num_bytes = task
-    where = printable(f"{storage.uri}/{key}")
-    data = read_object(storage, key, where)
-    if len(data) != num_bytes:
-        raise UserError(f"source: {where}: had {num_bytes} bytes when it was listed, and now has {len(data)}")
-    listed = list_tar(_InMemory(storage.uri, data), key, num_bytes, image, label)
-    columns: dict[str, list[str | int]] = {name: [] for name in ("key", "offset", "length", "crc32c")}
-    first: tuple[int, int, int] | None = None
-    bad: list[str] = []
-    for sample, extension in zip(listed.samples, listed.images, strict=True):
-        offset, size = next((at, size) for name, at, size in sample.members if name == extension)
-        body = data[offset : offset + size]
-        name = f"{where}/{printable(sample.key)}"
-        try:
-            check_plain(body)
-            shape = stored_shape(body)
-            if first is not None and shape != first:
-                raise ValueError(f"is of shape {list(shape)}, and the first image {list(first)}")
-            sample.key.encode()
-        except ValueError as error:
-            reason = "its key is no UTF-8 text" if isinstance(error, UnicodeEncodeError) else error
-            bad.append(f"source: {name}: {reason}: prepare without --index-only")
-            if len(bad) == MAX_NAMED:
-                break
-            continue
-        first = shape
-        row: tuple[str | int, ...] = (sample.key, offset, size, crc32c(body))
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    return Scanned(
-        key, num_bytes, sha256(data), columns, listed.labels, first, listed.passed_over, tuple(bad)
-    )
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """As much of a storage as listing one tar takes, over bytes that are here already."""
-
-    uri: str
-    data: bytes
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        return self.data[start : start + length]
 
 
 def _name_of(storage: Storage, scanned: list[Scanned], place: int) -> str:

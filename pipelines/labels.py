@@ -1,15 +1,17 @@
-"""A table that gives each file its label."""
+"""The labels of image files: by a table that gives each file its label, or by their folders."""
 
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError, one_line, printable
+from pipelines.sources import number_labels
 
 COLUMNS = ("file", "label")
 
@@ -57,3 +59,35 @@ def _check_columns(names: list[str]) -> None:
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise ValueError(f"it has the columns {', '.join(names) or 'none'}, and not {', '.join(missing)}")
+
+
+def labels_of(where: str, images: list[str], table: str | None) -> tuple[tuple[str, ...], list[int]]:
+    if table is not None:
+        known = read_labels(table)
+        unlisted = [image for image in images if image not in known]
+        if unlisted:
+            raise UserError(
+                f"--labels {table}: has no row for {len(unlisted)} of {len(images)} images, such as "
+                f"{printable(unlisted[0])}"
+            )
+        absent = sorted(known.keys() - set(images))
+        if absent:
+            raise UserError(
+                f"--labels {table}: {len(absent)} of its rows name no image of {where}, such as {absent[0]}"
+            )
+        return number_labels(
+            where, [known[image] for image in images], name_of=lambda n: printable(images[n])
+        )
+    tops = Counter(image.partition("/")[0] if "/" in image else "" for image in images)
+    if "" in tops and len(tops) > 1:
+        loose = next(image for image in images if "/" not in image)
+        raise UserError(
+            f"source: {where}: {tops['']} images such as {printable(loose)} lie beside the class folders and "
+            "would have no label: move them into a folder, or put all images into one"
+        )
+    # not by number_labels: a folder's name is a name, also where it looks like a number
+    classes = sorted(name for name in tops if name)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return tuple(printable(name) for name in classes), [
+        numbers.get(image.partition("/")[0], -1) for image in images
+    ]

@@ -75,7 +75,7 @@ def prepare(
     """
     _check_options(test_fraction, shard_count, samples_per_shard)
     storage = open_storage(out)
-    found = open_source(source, labels=labels, image=image, label=label)
+    found = open_source(source, labels=labels, image=image, label=label, workers=workers)
     preprocessing = _preprocessing(found, image_size, channels, levels, png_encoder, workers)
     options = {
         "source": found.kind,
@@ -86,13 +86,13 @@ def prepare(
         "samples_per_shard": None if shard_count else samples_per_shard or DEFAULT_SAMPLES_PER_SHARD,
         "seed": seed,
     }
-    existing = finished(storage, options)
+    existing = finished(storage, options, found.state)
     if existing is not None:
         if not (damage := incomplete(existing)):
             return existing
         log.warning("%s: made again", "; ".join(damage))
     plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
-    claim(storage, options)
+    claim(storage, options, found.state)
     try:
         shards, shape = _write_shards(storage, plans, existing, found, preprocessing, progress, workers)
     except BadImages:

@@ -29,14 +29,20 @@ from pipelines.shards import sha256
 from pipelines.storage import ObjectMissing, Storage, StorageError
 
 CLAIM_KEY = "preparation.json"
+_STATE = "source_state"
+_NAMED = 3
 
 
-def finished(storage: Storage, options: Mapping[str, Any]) -> Dataset | None:
-    """The data set that stands there, or None; `UserError` if it was made of another source or otherwise."""
+def finished(storage: Storage, options: Mapping[str, Any], state: str = "") -> Dataset | None:
+    """The data set that stands there, or None; `UserError` if it was made of another source or otherwise, or if the
+    source has changed in place since (`pipelines.sources.Source.state`).
+    """
     if not (storage.exists(RECORD_KEY) and storage.exists(SHARDS_KEY)):
         return None
     dataset = load_from(storage)
     _check_same(storage, dataset.record.get("preparation", {}), options)
+    with contextlib.suppress(ObjectMissing, ValueError, TypeError):
+        _check_state(storage, dict(json.loads(storage.get(CLAIM_KEY))), state, f"delete {CLAIM_KEY} there")
     return dataset
 
 
@@ -58,21 +64,29 @@ def incomplete(dataset: Dataset) -> list[str]:
     return damage
 
 
-def claim(storage: Storage, options: Mapping[str, Any]) -> None:
-    """Take the prefix for this source and these options, or find that it is taken for just them."""
-    claim = canonical_json(options)
+def claim(storage: Storage, options: Mapping[str, Any], state: str = "", *, take: bool = True) -> None:
+    """Take the prefix for this source and these options, or find that it is taken for just them. The claim holds
+    the source's state as well, which is of one place and no part of what a data set is. With `take=False`: look
+    only.
+    """
+    claim = canonical_json({**options, **({_STATE: state} if state else {})})
     try:
         taken = storage.get(CLAIM_KEY)
     except ObjectMissing:
-        for split in SPLITS:
+        # of a finished data set somebody took the claim away
+        for split in () if storage.exists(RECORD_KEY) else SPLITS:
             for there in storage.list(f"{split}/")[:1]:
                 raise UserError(
                     f"{storage.uri}/{there.key}: is in the way, and belongs to no data set of this program: "
                     "choose another --out"
                 ) from None
+        if not take:
+            return
         taken = claim if storage.put_if_absent(CLAIM_KEY, claim) else storage.get(CLAIM_KEY)
     try:
-        _check_same(storage, dict(json.loads(taken)), options)
+        claimed = dict(json.loads(taken))
+        _check_same(storage, {name: claimed[name] for name in claimed if name != _STATE}, options)
+        _check_state(storage, claimed, state, "delete all that lies there, to begin anew")
     except (ValueError, TypeError):
         raise UserError(
             f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"
@@ -84,11 +98,28 @@ def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, 
     differing = [name for name in names if there.get(name) != asked.get(name)]
     if differing:
         what = ", ".join(
-            f"{name} ({there.get(name)} there, {asked.get(name)} asked for)" for name in differing
+            f"{name} ({_short(there.get(name))} there, {_short(asked.get(name))} asked for)"
+            for name in differing[:_NAMED]
         )
+        if len(differing) > _NAMED:
+            what += f" and {len(differing) - _NAMED} more"
         raise UserError(
             f"{storage.uri}: holds a data set that was prepared otherwise: {what}; "
             "prepare it the same way, or choose another --out"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:8]}…"
+
+
+def _check_state(storage: Storage, claim: Mapping[str, Any], state: str, else_do: str) -> None:
+    """Claims of earlier versions name no state."""
+    if state and claim.get(_STATE, state) != state:
+        raise UserError(
+            f"{storage.uri}: was prepared from files of these names and sizes, which have been written anew since "
+            f"(other times of change or ETags): choose another --out, or, if their content is the same, {else_do}"
         )
 
 

@@ -9,6 +9,8 @@ JPEG that none of this changes keeps its bytes; every other image is stored as P
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +19,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines.errors import one_line
-from pipelines.images import check_levels, decode_image, encode_png, quantise
+from pipelines.images import check_levels, decode_image, encode_png, png_header, quantise
 from pipelines.png import PngEncoder
 
 EXIF_ORIENTATION = 0x0112
 _GREY_MODES = ("1", "L", "LA", "La")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _TIFF_BITS_PER_SAMPLE = 258
+# of `pipelines.sources.IMAGE_EXTENSIONS`; Pillow knows many more, one of which starts another program (EPS)
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,15 @@ class Preprocessing:
         """The PNG or JPEG to store for this image file or these pixels (uint8 `[1 or 3, H, W]`), and its shape
         (C, H, W).
 
-        Raises `ValueError` with the reason where no right image can be made: no image, cut short, animated,
-        more than 8 bits a channel, transparent pixels, or more pixels than Pillow's limit.
+        Raises `ValueError` with the reason where no right image can be made: no image, or of a kind that is not
+        taken, cut short, animated, more than 8 bits a channel, transparent pixels, or more pixels than Pillow's
+        limit.
         """
         if not isinstance(image, bytes):
             rows = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
             picture = Image.fromarray(np.ascontiguousarray(rows))
             return self._encoded(self._pixels(self._resized(self._converted(picture))))
-        with _open(image) as picture:
+        with _refusing(), _open(image) as picture:
             file_format = picture.format
             upright = picture.getexif().get(EXIF_ORIENTATION, 1) == 1
             plain = picture.mode == self._mode and "transparency" not in picture.info
@@ -97,7 +102,7 @@ class Preprocessing:
         if "transparency" in upright.info or upright.mode.endswith(("A", "a")):
             with_alpha = upright.convert("RGBA")
             if np.asarray(with_alpha)[..., 3].min() < 255:
-                raise ValueError("it has transparent pixels: flatten it onto a background first")
+                raise Refused("it has transparent pixels: flatten it onto a background first")
             # not straight from the palette: its entry for "transparent" would be turned into a colour
             upright = with_alpha if upright.mode not in ("LA", "La") else with_alpha.convert("L")
         return upright if upright.mode == self._mode else upright.convert(self._mode)
@@ -120,53 +125,82 @@ def inspect(image: bytes | NDArray[np.uint8]) -> int:
     """
     if not isinstance(image, bytes):
         return len(image)
-    with _open(image, decode=False) as picture:
+    with _refusing(), _open(image, decode=False) as picture:
         return 1 if picture.mode in _GREY_MODES else 3
 
 
 def check_plain(data: bytes) -> None:
     """Raise `ValueError` with the reason unless this file's pixels, as they are stored, are the whole image: not
-    turned by EXIF, transparent, animated or of more than 8 bits a channel. Only headers are read.
+    turned by EXIF, transparent, animated or of more than 8 bits a channel. A PNG is decoded, since its EXIF data
+    may lie behind the pixels; of a JPEG only headers are read.
     """
-    with _open(data, decode=False) as picture:
+    with _refusing(), _open(data, decode=False) as picture:
         if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            raise ValueError("it is to be turned by its EXIF orientation")
+            raise Refused("it is to be turned by its EXIF orientation")
         if "transparency" in picture.info:
-            raise ValueError("it has a transparent colour")
+            raise Refused("it has a transparent colour")
+
+
+class Refused(ValueError):
+    """Why an image is not taken, in words of this module."""
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Around all that Pillow does with a file, which on a broken one raises half a dozen types, wherever it reads:
+    at the header, the pixels, or the EXIF data. They come out as `Refused`.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except UnidentifiedImageError:
+        known = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        raise Refused(f"not an image that Pillow can read as {known}") from None
+    except Exception as error:  # noqa: BLE001  see above
+        raise Refused(f"it cannot be decoded ({one_line(error, 120)})") from None
 
 
 def _open(data: bytes, *, decode: bool = True) -> Image.Image:
     """The image in a file, refused with a reason where its 8-bit pixels would not be the whole of it."""
     if not data:
-        raise ValueError("it is empty (0 bytes)")
-    try:
-        picture = Image.open(io.BytesIO(data))
-        # a camera's MPO is a JPEG with a preview behind it, and no animation
-        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
-        if decode:
-            if picture.format == "PNG":
-                # decoding alone does not look at the checksums
-                with Image.open(io.BytesIO(data)) as copy:
-                    copy.verify()
-            picture.load()
-    except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
-        reason = "not an image that Pillow can read" if isinstance(error, UnidentifiedImageError) else ""
-        raise ValueError(reason or f"it cannot be decoded ({one_line(error, 120)})") from None
-    if frames > 1:
-        raise ValueError(
-            f"it is animated or has several pages ({frames} frames): give one still image a file"
+        raise Refused("it is empty (0 bytes)")
+    picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    pixels, limit = picture.width * picture.height, Image.MAX_IMAGE_PIXELS
+    # Pillow itself only warns, up to twice its limit
+    if limit is not None and pixels > limit:
+        raise Refused(
+            f"it has {pixels} pixels, which exceeds limit of {limit} pixels that Pillow sets against bombs"
         )
-    if picture.mode in _DEEP_MODES or _bits_per_channel(picture, data) > 8:
-        raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
+    # before the pixels are read, which forgets how they are stored
+    deep = picture.mode in _DEEP_MODES or _bits_per_channel(picture, data) > 8
+    # a camera's MPO is a JPEG with a preview behind it, and no animation
+    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    if frames > 1:
+        raise Refused(f"it is animated or has several pages ({frames} frames): give one still image a file")
+    if deep:
+        raise Refused("it has more than 8 bits a channel: convert it to 8 bits first")
+    if decode:
+        if picture.format == "PNG":
+            # decoding alone does not look at the checksums
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as copy:
+                copy.verify()
+        picture.load()
     return picture
 
 
 def _bits_per_channel(picture: Image.Image, data: bytes) -> int:
     """Pillow reads 16-bit RGB as 8-bit without a word, so the file itself is asked."""
     if picture.format == "PNG":
-        return data[24]
+        _, _, depth, _ = png_header(data)  # a ValueError where another chunk comes before the header
+        return depth
     if picture.format == "TIFF":
         return max(picture.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]
+    if picture.format == "PPM":
+        (tile,) = picture.tile  # type: ignore[attr-defined]
+        # (rawmode, the largest value), or the rawmode alone where that is the usual
+        largest = tile.args[1] if isinstance(tile.args, tuple) and tile.args[0] != "F" else 255
+        return int(largest).bit_length()
     return 8
 
 

@@ -151,7 +151,11 @@ def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> Non
     own = (extension_of(image), *(("cls",) if label >= 0 else ()))
     for extension in members:
         if extension in own:
-            raise ValueError(f"its further member .{extension} would take the place of its image or label")
+            what, option = ("label", "--label") if extension == "cls" else ("image", "--image")
+            raise ValueError(
+                f"its further member .{extension} would take the place of its {what}, which is stored as "
+                f".{extension}: choose that one with {option} {extension}, or take it out of the source"
+            )
         if not extension or extension[0] in "_." or "/" in extension or extension != extension.lower():
             raise ValueError(f"its further member {extension!r} has no extension that WebDataset reads")
 

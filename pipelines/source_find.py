@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
-from braceexpand import braceexpand
+from braceexpand import alphabet, braceexpand
 
 from pipelines.errors import UserError, one_line, printable
 from pipelines.sources import KINDS, SUFFIXES, warn_passed_over
-from pipelines.storage import FileStorage, ObjectMissing, Storage, StorageError, open_storage
+from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
 
 _MAX_FILES_OF_A_PATTERN = 2**20
-_SUFFIX_OF_KIND = {"tar": ".tar", "parquet": ".parquet"}
+Kind = Literal["folder", "zip", "tar", "parquet"]
+_SUFFIX_OF_KIND: dict[Kind, str] = {"tar": ".tar", "parquet": ".parquet"}
+_RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?")
 
 
 class _Files(FileStorage):
@@ -30,13 +33,26 @@ class _Files(FileStorage):
 
 @dataclass(frozen=True)
 class Found:
-    """What an address means: `keys` below `storage`, each with its size."""
+    """What an address means: `keys` below `storage`, each with its size; `versions`: of each, what changes with its
+    content (`ObjectInfo.version`).
+    """
 
-    kind: Literal["folder", "zip", "tar", "parquet"]
+    kind: Kind
     storage: Storage
     keys: dict[str, int]
+    versions: dict[str, str]
     name: str
     where: str
+
+
+def local_path(source: str) -> Path:
+    """The path of a file or folder on this machine, given as such or as file://."""
+    if source.startswith("file://"):
+        parts = urlsplit(source)
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(f"source: {source}: a file address is file:///PATH, and this one names a host")
+        source = os.fsdecode(unquote_to_bytes(parts.path))
+    return Path(source).expanduser()
 
 
 def find(source: str) -> Found:
@@ -44,29 +60,50 @@ def find(source: str) -> Found:
     where = printable(source)
     if source.startswith("s3://"):
         return _find_on_s3(source, where)
-    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
+    path = local_path(source)
     try:
-        if path.is_dir():
-            sizes = {name.relative_to(path).as_posix(): name.stat().st_size for name in _walk(path, ())}
-            return _of_kind(_Files(path), sizes, path.resolve().name or "images", where)
+        # a pattern may be longer than a file's name
+        return (
+            _find_many(path, where)
+            if "{" in source and not os.path.lexists(path)
+            else _find_here(path, where)
+        )
     except OSError as error:
         at = printable(str(error.filename or path))
         raise UserError(f"source: {at}: {error.strerror or one_line(error)}") from None
-    if not path.is_file() and "{" in source:
-        names = _expand(str(path))
-        if not all(Path(name).is_file() for name in names):
-            missing = next(name for name in names if not Path(name).is_file())
-            raise UserError(f"source: {where}: {printable(missing)} does not exist")
-        root = os.path.commonpath([str(Path(name).absolute().parent) for name in names])
-        sizes = {
-            Path(name).absolute().relative_to(root).as_posix(): Path(name).stat().st_size for name in names
-        }
-        return _of_kind(_Files(Path(root)), sizes, Path(root).name, where)
+
+
+def _find_here(path: Path, where: str) -> Found:
+    if path.is_dir():
+        return _of_kind(_Files(path), _stats(path, _walk(path, ())), path.resolve().name or "images", where)
     if not path.is_file():
         raise UserError(f"source: {where} does not exist: give {KINDS}")
-    kind = _kind_of_file(path.name)
-    keys = {path.name: path.stat().st_size}
-    return Found(kind, _Files(path.absolute().parent), keys, path.stem, where)
+    path = path.absolute()
+    return _found(
+        _kind_of_file(path.name), _Files(path.parent), _stats(path.parent, [path]), path.stem, where
+    )
+
+
+def _find_many(path: Path, where: str) -> Found:
+    names = _expand(str(path))
+    if missing := next((name for name in names if not Path(name).is_file()), None):
+        raise UserError(f"source: {where}: {printable(missing)} does not exist")
+    root = Path(os.path.commonpath([str(Path(name).absolute().parent) for name in names]))
+    return _of_kind(_Files(root), _stats(root, (Path(name).absolute() for name in names)), root.name, where)
+
+
+def _stats(root: Path, paths: Iterable[Path]) -> dict[str, ObjectInfo]:
+    infos = {}
+    for path in paths:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(
+                f"source: {printable(str(path))}: is a pipe, a socket or a device, and no file that can be read "
+                "again: take it out of the folder"
+            )
+        key = path.relative_to(root).as_posix()
+        infos[key] = ObjectInfo(key, status.st_size, str(status.st_mtime_ns))
+    return infos
 
 
 def _kind_of_file(name: str) -> Literal["zip", "tar", "parquet"]:
@@ -85,20 +122,19 @@ def _find_on_s3(source: str, where: str) -> Found:
         prefix = os.path.commonpath([name.rpartition("/")[0] for name in names])
         storage = open_storage(f"s3://{bucket}/{prefix}")
         keys = [name.removeprefix(prefix).lstrip("/") for name in names]
-        sizes = {key: _size(storage, key) for key in keys}
-        return _of_kind(storage, sizes, PurePosixPath(keys[0]).stem, where)
-    if len(names) > 1 or names[0].lower().endswith((".zip", ".tgz", ".gz")):
+        infos = {key: _info(storage, key) for key in keys}
+        return _of_kind(storage, infos, PurePosixPath(keys[0]).stem, where)
+    if len(names) > 1 or names[0].lower().endswith((".zip", ".tgz", ".gz", ".npy", ".npz")):
         raise UserError(f"source: {where}: on S3 a source is .tar or .parquet files, or a prefix")
     storage = open_storage(source)
-    sizes = {info.key: info.num_bytes for info in storage.list()}
-    shown = {key: size for key, size in sizes.items() if not _hidden(key)}
-    return _of_kind(storage, shown, PurePosixPath(rest).name or bucket, where)
+    infos = {info.key: info for info in storage.list() if not _hidden(info.key)}
+    return _of_kind(storage, infos, PurePosixPath(rest).name or bucket, where)
 
 
-def _size(storage: Storage, key: str) -> int:
+def _info(storage: Storage, key: str) -> ObjectInfo:
     for info in storage.list(key):
         if info.key == key:
-            return info.num_bytes
+            return info
     raise UserError(f"source: {printable(f'{storage.uri}/{key}')} does not exist")
 
 
@@ -108,26 +144,64 @@ def _hidden(key: str) -> bool:
 
 def _expand(pattern: str) -> list[str]:
     try:
-        names = list(itertools.islice(braceexpand(pattern), _MAX_FILES_OF_A_PATTERN + 1))
-    except ValueError:
+        if _count(pattern) > _MAX_FILES_OF_A_PATTERN:
+            raise UserError(f"source: {printable(pattern)}: means more than {_MAX_FILES_OF_A_PATTERN} files")
+        return list(braceexpand(pattern))
+    except (ValueError, RecursionError):
         raise UserError(f"source: {printable(pattern)}: its braces do not match") from None
-    if len(names) > _MAX_FILES_OF_A_PATTERN:
-        raise UserError(f"source: {printable(pattern)}: means more than {_MAX_FILES_OF_A_PATTERN} files")
-    return names
 
 
-def _of_kind(storage: Storage, sizes: dict[str, int], name: str, where: str) -> Found:
-    if not any(key.lower().endswith(SUFFIXES) for key in sizes):
+def _count(pattern: str) -> int:
+    """How many names a pattern means, without making them: `braceexpand` holds every range in memory."""
+    total = 1
+    for group in _pieces(pattern)[1]:
+        commas = _pieces(group)[0]
+        if match := _RANGE.fullmatch(group):
+            ends = (match[1], match[2]) if match[1] else (alphabet.index(match[3]), alphabet.index(match[4]))
+            total *= abs(int(ends[1]) - int(ends[0])) // max(int(match[5] or 1), 1) + 1
+        else:
+            total *= sum(map(_count, commas)) if len(commas) > 1 else _count(group)
+    return total
+
+
+def _pieces(pattern: str) -> tuple[list[str], list[str]]:
+    """What lies between the commas outside of all braces; and the insides of the outermost braces."""
+    parts, groups = [], []
+    depth = start = opened = at = 0
+    while at < len(pattern):
+        letter = pattern[at]
+        if letter == "\\":
+            at += 1
+        elif letter == "{":
+            opened, depth = (at + 1, 1) if depth == 0 else (opened, depth + 1)
+        elif letter == "}":
+            depth -= 1
+            if depth == 0:
+                groups.append(pattern[opened:at])
+        elif letter == "," and depth == 0:
+            parts.append(pattern[start:at])
+            start = at + 1
+        at += 1
+    return [*parts, pattern[start:]], groups
+
+
+def _of_kind(storage: Storage, infos: dict[str, ObjectInfo], name: str, where: str) -> Found:
+    if not any(key.lower().endswith(SUFFIXES) for key in infos):
         for kind, suffix in _SUFFIX_OF_KIND.items():
-            keys = {key: size for key, size in sorted(sizes.items()) if key.lower().endswith(suffix)}
+            chosen = {key: info for key, info in sorted(infos.items()) if key.lower().endswith(suffix)}
             other = next((s for s in _SUFFIX_OF_KIND.values() if s != suffix), "")
-            if keys and any(key.lower().endswith(other) for key in sizes):
+            if chosen and any(key.lower().endswith(other) for key in infos):
                 raise UserError(f"source: {where} holds .tar and .parquet files: give one kind")
-            if keys:
-                rest = sorted(set(sizes) - set(keys))
+            if chosen:
+                rest = sorted(set(infos) - set(chosen))
                 warn_passed_over(where, rest, f"files that are not named like {suffix} files")
-                return Found(kind, storage, keys, name, where)  # type: ignore[arg-type]
-    return Found("folder", storage, sizes, name, where)
+                return _found(kind, storage, chosen, name, where)
+    return _found("folder", storage, infos, name, where)
+
+
+def _found(kind: Kind, storage: Storage, infos: dict[str, ObjectInfo], name: str, where: str) -> Found:
+    sizes = {key: info.num_bytes for key, info in infos.items()}
+    return Found(kind, storage, sizes, {key: info.version for key, info in infos.items()}, name, where)
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:

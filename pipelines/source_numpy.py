@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _LABELS = ("labels", "label", "y", "arr_1")
 def _load(path: Path, what: str) -> dict[str, Any]:
     """The arrays of a file by name (that of a .npy is "images"), without unpickling anything."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return {"images": loaded}
@@ -96,6 +99,7 @@ def open_arrays(path: Path, labels: str | None, image: str | None, label: str | 
             raise UserError(
                 f"source: {where}: array {name!r} has the shape {list(array.shape)}, and there are {count} images"
             )
+    _check_names(where, arrays)
     classes, numbers = number_labels(
         where, _label_values(where, values, count), name_of=lambda n: f"image {n}"
     )
@@ -122,6 +126,22 @@ def open_arrays(path: Path, labels: str | None, image: str | None, label: str | 
         ),
         reader=reader,
     )
+
+
+def _check_names(where: str, names: Iterable[str]) -> None:
+    """Each array must give a member of its own, of a name that WebDataset reads."""
+    taken: dict[str, str] = {}
+    for name in names:
+        member = f"{name.lower()}.npy"
+        if (first := taken.setdefault(member, name)) != name:
+            raise UserError(
+                f"source: {where}: arrays {first!r} and {name!r} would both be the member {member!r}: rename one"
+            )
+        if name[:1] in ("", "_", ".") or "/" in name:
+            raise UserError(
+                f"source: {where}: array {name!r} would be the member {member!r}, and WebDataset passes over such "
+                "names: rename it, without '_' or '.' in front and without '/'"
+            )
 
 
 def _choose(

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from pipelines.cache import WeightedLRU
 from pipelines.errors import UserError, one_line, printable
-from pipelines.source_find import read_range
-from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered, sample_key
+from pipelines.source_find import Found, read_range
+from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered, sample_key, state_of
 from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ _IMAGE = "image"
 _LABEL = "label"
 _KEY = "__key__"
 _CAPTIONS = ("caption", "text", "txt")
+_INDEX_OF_PANDAS = re.compile(r"__index_level_\d+__")
 _CACHE_BYTES = 256 * 2**20
 _LARGE_GROUP_BYTES = 2**30
 
@@ -124,16 +125,16 @@ def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def open_parquet(
-    storage: Storage, sizes: Mapping[str, int], name: str, where: str, image: str | None, label: str | None
-) -> Source:
+def open_parquet(found: Found, image: str | None, label: str | None) -> Source:
     """The rows of these files.
 
     The image is in the column `image` (bytes, or a struct with a field `bytes`), the label in `label` (a number
     or text; Hugging Face's names of the classes are taken from the schema), the sample's key in `__key__`, or it
     is made of the file's name and the row's number. Every other column is carried: text as the member NAME.txt
-    (a column caption or text: as txt), bytes as NAME.bin, else NAME.json; an empty field is left out.
+    (a column caption or text: as txt), bytes as NAME.bin, else NAME.json; an empty field is left out, and so is the
+    index that pandas adds.
     """
+    storage, sizes, where = found.storage, found.keys, found.where
     keys = list(sizes)
     files = [_open(storage, key, num_bytes) for key, num_bytes in sizes.items()]
     schema = files[0].schema_arrow
@@ -184,19 +185,25 @@ def open_parquet(
             number,
             name_of(place),
             places[place],
-            f"{places[place][0]}/{places[place][1]}",
+            # a file's name may be any bytes, and the plan hashes text
+            _text(f"{places[place][0]}/{places[place][1]}"),
         )
         for place, (sample, number) in enumerate(zip(sample_keys, numbers, strict=True))
     ]
     return Source(
         kind="parquet",
-        name=printable(name),
+        name=printable(found.name),
         levels=256,
         classes=classes,
         entries=ordered(where, entries),
         fingerprint=fingerprint(_listing(keys, files, sample_keys, numbers)),
         reader=reader,
+        state=state_of(found.versions),
     )
+
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _warn_of_large_groups(where: str, files: list[pq.ParquetFile]) -> None:
@@ -240,7 +247,9 @@ def _columns(where: str, schema: pa.Schema, image: str | None, label: str | None
 
 def _extensions(where: str, schema: pa.Schema, used: set[str]) -> tuple[tuple[str, str], ...]:
     """The columns that are carried, each with its member's extension."""
-    rest = [column for column in schema.names if column not in used]
+    rest = [
+        column for column in schema.names if column not in used and not _INDEX_OF_PANDAS.fullmatch(column)
+    ]
     caption = next((name for name in _CAPTIONS if name in rest), None)
     found: dict[str, str] = {}
     for column in rest:
@@ -251,6 +260,11 @@ def _extensions(where: str, schema: pa.Schema, used: set[str]) -> tuple[tuple[st
             suffix = "bin" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else "json"
         stem = re.sub(r"[^a-z0-9_-]", "_", column.lower())
         extension = "txt" if column == caption and suffix == "txt" else f"{stem}.{suffix}"
+        if extension.startswith("_"):
+            raise UserError(
+                f"source: {where}: column {column!r} would be the member {extension!r}, and WebDataset passes over "
+                "names that begin with '_': rename it"
+            )
         if extension in found:
             raise UserError(
                 f"source: {where}: columns {found[extension]!r} and {column!r} would both be the member "

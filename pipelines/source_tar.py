@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError, printable
-from pipelines.source_find import Ranged, read_range
+from pipelines.source_find import Found, Ranged, read_range
 from pipelines.sources import (
     IMAGE_EXTENSIONS,
     Entry,
@@ -19,10 +19,14 @@ from pipelines.sources import (
     number_labels,
     ordered,
     sample_key,
+    state_of,
     warn_passed_over,
 )
 from pipelines.storage import Storage
 from pipelines.tars import TarError, TarSample, buffered, samples, walk
+
+if TYPE_CHECKING:
+    from pipelines.prepare_shards import Workers
 
 LABEL_EXTENSION = "cls"
 _MAX_IMAGE_BYTES = 2**30
@@ -109,13 +113,19 @@ class _TarReader:
         return Loaded(bodies.pop(image), bodies)
 
 
-def open_tars(
-    storage: Storage, keys: Mapping[str, int], name: str, where: str, image: str | None, label: str | None
-) -> Source:
-    """The samples of these tars; the label is the member `.cls`, and is not carried as another member."""
-    with ThreadPoolExecutor(_SCANS_AT_ONCE) as pool:
-        scan = partial(list_tar, storage, image=image, label=label)
-        listed = list(pool.map(scan, keys.keys(), keys.values()))
+def open_tars(found: Found, image: str | None, label: str | None, workers: Workers | None = None) -> Source:
+    """The samples of these tars; the label is the member `.cls`, and is not carried as another member. `workers`
+    read through the tars, a task each.
+    """
+    storage, where = found.storage, found.where
+    scan = partial(_list, storage, image, label)
+    tasks = list(found.keys.items())
+    if workers is not None:
+        by_key = {listed.key: listed for _, listed in workers(scan, tasks)}
+        listed = [by_key[key] for key in found.keys]
+    else:
+        with ThreadPoolExecutor(_SCANS_AT_ONCE) as pool:
+            listed = list(pool.map(scan, tasks))
     warn_passed_over(
         where, [name for tar in listed for name in tar.passed_over], "members that are no sample's"
     )
@@ -141,13 +151,18 @@ def open_tars(
     ]
     return Source(
         kind="tar",
-        name=printable(name),
+        name=printable(found.name),
         levels=256,
         classes=classes,
         entries=ordered(where, entries),
         fingerprint=fingerprint(_listing(listed)),
         reader=_TarReader(storage),
+        state=state_of(found.versions),
     )
+
+
+def _list(storage: Storage, image: str | None, label: str | None, task: tuple[str, int]) -> Listed:
+    return list_tar(storage, *task, image, label)
 
 
 def _name(storage: Storage, tar: Listed, number: int) -> str:

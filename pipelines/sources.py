@@ -9,14 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import UserError, printable
 from pipelines.images import encode_png
+
+if TYPE_CHECKING:
+    from pipelines.prepare_shards import Workers
 
 __all__ = ["Entry", "Loaded", "Source", "key_of", "open_source", "printable"]
 
@@ -71,7 +74,9 @@ class Reader(Protocol):
 class Source:
     """`kind`: "digits", "folder", "zip", "tar", "parquet" or "numpy". `entries`: sorted by key, keys unique.
     `fingerprint`: a hash over what the entries are (names, sizes, places, labels; a zip's CRCs), by which a
-    second preparation knows its source again.
+    second preparation knows its source again, wherever it lies. `state`: a hash over what further shows a change
+    of content in one place (the files' times of change, the objects' ETags); empty where the fingerprint is of the
+    content itself.
     """
 
     kind: str
@@ -81,6 +86,7 @@ class Source:
     entries: tuple[Entry, ...]
     fingerprint: str
     reader: Reader
+    state: str = ""
 
     def read(self, entry: Entry) -> bytes:
         """The image file's bytes, or those of a PNG of its pixels; `UserError` naming it."""
@@ -89,7 +95,12 @@ class Source:
 
 
 def open_source(
-    source: str, *, labels: str | None = None, image: str | None = None, label: str | None = None
+    source: str,
+    *,
+    labels: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    workers: Workers | None = None,
 ) -> Source:
     """The source of this name: "digits" (scikit-learn's 1,797 handwritten digits, 8×8, 17 levels); a folder
     of images, or a .zip of one; Parquet files with image bytes; WebDataset tars; an array of images (.npy,
@@ -97,7 +108,8 @@ def open_source(
 
     `labels`: a table (CSV or Parquet) with the columns `file` and `label`, for a folder or a zip; for a .npy
     file another one with the labels. `image` and `label`: the column, array or member's extension that holds
-    the image and the label, where it is not the usual one.
+    the image and the label, where it is not the usual one. `workers` read through tars, which a source of many
+    of them takes long for; without it threads of this process do.
 
     Raises `UserError` if there is no image, if only some have a label, or if two images would get the same
     key.
@@ -110,27 +122,30 @@ def open_source(
         raise UserError(f"source: {source}: a pipe: address would run a program, and is not taken")
     if "://" in source and not source.startswith(("s3://", "file://")):
         raise UserError(f"source: {source}: is not taken; give {KINDS}")
-    if source.lower().endswith((".npy", ".npz")):
+    from pipelines.source_find import find, local_path
+
+    if source.lower().endswith((".npy", ".npz")) and not source.startswith("s3://"):
         from pipelines.source_numpy import open_arrays
 
-        return open_arrays(Path(source).expanduser(), labels, image, label)
-    from pipelines.source_files import folder, open_zip
-    from pipelines.source_find import find
-
+        return open_arrays(local_path(source), labels, image, label)
     found = find(source)
     if found.kind == "tar":
         from pipelines.source_tar import open_tars
 
         _refuse_options("tar", labels=labels)
-        return open_tars(found.storage, found.keys, found.name, found.where, image, label)
+        return open_tars(found, image, label, workers)
     if found.kind == "parquet":
         from pipelines.source_parquet import open_parquet
 
         _refuse_options("parquet", labels=labels)
-        return open_parquet(found.storage, found.keys, found.name, found.where, image, label)
+        return open_parquet(found, image, label)
     _refuse_options(found.kind, image=image, label=label)
     if found.kind == "zip":
-        return open_zip(Path(source).expanduser(), labels)
+        from pipelines.source_zip import open_zip
+
+        return open_zip(local_path(source), labels)
+    from pipelines.source_files import folder
+
     return folder(found, labels)
 
 
@@ -185,7 +200,7 @@ def number_labels(
 
     Numbers (also as text) stay as they are, and their classes are `names` or "0", "1", …; texts are numbered
     in their order. `name_of(place)` says which one is at fault. Raises `UserError` if only some have a label
-    (None, or the number −1), or if a number has no class.
+    (None, or the number −1), if a number has no class, or if one number is written in two ways.
     """
     known = [None if value in (None, -1, "-1") else value for value in labels]
     absent = sum(value is None for value in known)
@@ -210,6 +225,13 @@ def number_labels(
         numbers = {name: number for number, name in enumerate(classes)}
         return tuple(printable(name) for name in classes), [numbers[text] for text in texts]
     values = [int(text) for text in texts]
+    spelt: dict[int, int] = {}
+    for place, value in enumerate(values):
+        if texts[spelt.setdefault(value, place)] != texts[place]:
+            raise UserError(
+                f"source: {where}: {name_of(spelt[value])} has the label {texts[spelt[value]]}, and "
+                f"{name_of(place)} {texts[place]}, which would both be the class {value}: write it one way"
+            )
     largest = max(values)
     if largest >= (_MAX_CLASSES if names is None else len(names)):
         known_classes = (
@@ -240,6 +262,11 @@ def fingerprint(lines: Iterable[str]) -> str:
     for number, line in enumerate(lines):
         digest.update(f"\n{line}".encode() if number else line.encode())
     return digest.hexdigest()
+
+
+def state_of(versions: Mapping[str, str]) -> str:
+    """The hash of these objects' versions (`pipelines.storage.ObjectInfo.version`) by name."""
+    return fingerprint(f"{name!r} {versions[name]}" for name in sorted(versions))
 
 
 def warn_passed_over(where: str, names: Sequence[str], what: str) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -39,8 +39,11 @@ class NoRanges(StorageError):
 
 @dataclass(frozen=True)
 class ObjectInfo:
+    """`version`: changes with the object's content: its ETag, or a file's time of change."""
+
     key: str
     num_bytes: int
+    version: str = field(default="", compare=False)
 
 
 class Storage(Protocol):
@@ -257,7 +260,8 @@ class FileStorage:
                 key = path.relative_to(self._root).as_posix()
                 if key.startswith(prefix) and not name.startswith(".tmp-"):
                     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                        found.append(ObjectInfo(key, path.stat().st_size))
+                        status = path.stat()
+                        found.append(ObjectInfo(key, status.st_size, str(status.st_mtime_ns)))
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:

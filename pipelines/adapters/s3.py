@@ -291,7 +291,8 @@ class S3Storage:
             # a budget for each page, so that a long listing fares as well as a short one
             answer = self._call(f"{self.uri}/{prefix}", page)
             for entry in answer.get("Contents", []):
-                found.append(ObjectInfo(entry["Key"][len(base) :], entry["Size"]))
+                key, etag = entry["Key"][len(base) :], entry.get("ETag", "").strip('"')
+                found.append(ObjectInfo(key, entry["Size"], etag))
             if not answer.get("IsTruncated"):
                 return sorted(found, key=lambda info: info.key)
             more = {"ContinuationToken": answer["NextContinuationToken"]}

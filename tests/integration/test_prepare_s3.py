@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -213,3 +214,26 @@ def test_tars_on_s3_are_indexed_where_they_are(bucket: str, photos: Path, tmp_pa
     open_storage(f"s3://{bucket}/raw").delete(["tars/01.tar"])
     said = [str(problem) for problem in verify(Dataset.load(f"s3://{bucket}/indexed")).problems]
     assert said == [f"s3://{bucket}/raw/tars/01.tar: is missing"]
+
+
+def test_objects_that_were_replaced_in_place_are_noticed_by_their_etags(
+    bucket: str, photos: Path, tmp_path: Path
+) -> None:
+    put_sources(bucket, photos)
+    raw = open_storage(f"s3://{bucket}/raw")
+    makers: list[tuple[Any, str, str]] = [
+        (prepare, "files", "files/cat/001.png"),
+        (prepare, "tars", "tars/01.tar"),
+        (index_tars, "tars", "tars/01.tar"),
+    ]
+    for number, (make, name, key) in enumerate(makers):
+        out = str(tmp_path / str(number))
+        made = make(f"s3://{bucket}/raw/{name}", out)
+        data = raw.get(key)
+        raw.put(key, data)
+        assert make(f"s3://{bucket}/raw/{name}", out) == made, "it was written again, and is the same"
+        at = data.index(b"IDAT") + 8
+        raw.put(key, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(UserError, match="written anew since"):
+            make(f"s3://{bucket}/raw/{name}", out)
+        raw.put(key, data)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_put_replaces_and_may_be_empty(storage: Storage) -> None:
     storage.put("x", b"")
     assert storage.get("x") == b""
     assert storage.list() == [ObjectInfo("x", 0)]
+
+
+def test_a_version_changes_with_the_content(storage: Storage) -> None:
+    storage.put("x", b"12")
+    (before,) = storage.list()
+    assert before.version
+    assert storage.list()[0].version == before.version
+    time.sleep(0.05)  # a file system's clock ticks no faster than every few ms
+    storage.put("x", b"34")
+    assert storage.list()[0].version not in ("", before.version)
 
 
 def test_ranges(storage: Storage) -> None:
