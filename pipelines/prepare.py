@@ -252,7 +252,7 @@ def claim(storage: Storage, options: Mapping[str, Any]) -> None:
         taken = claim if storage.put_if_absent(CLAIM_KEY, claim) else storage.get(CLAIM_KEY)
     try:
         _check_same(storage, dict(json.loads(taken)), options)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(
             f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"
         ) from None

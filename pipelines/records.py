@@ -49,10 +49,10 @@ def read_record(
     data = storage.get(key)
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise error(f"{where}: is not JSON; the object is damaged") from None
     found = values.get("format_version") if isinstance(values, dict) else None
-    if found != version:
+    if type(found) is not int or found != version:
         raise error(f"{where}: has format version {found}, this program reads {version}")
     try:
         return model.model_validate(values)

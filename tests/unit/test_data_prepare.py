@@ -19,7 +19,7 @@ from PIL import Image
 from pipelines import prepare as module
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
-from pipelines.prepare import plan_shards, prepare
+from pipelines.prepare import claim, plan_shards, prepare
 from pipelines.shards import parse_index, sha256
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, StorageError, open_storage
@@ -418,3 +418,13 @@ def test_a_png_that_fits_is_stored_byte_for_byte(tmp_path: Path) -> None:
         for sample in webdataset.WebDataset(str(tar_path), shardshuffle=False):
             assert sample["png"] == (tmp_path / "in" / f"{sample['__key__']}.png").read_bytes()
             assert "cls" not in sample
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "7", "[1]"], ids=range(4))
+def test_a_damaged_claim_is_named(tmp_path: Path, text: str) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.put("preparation.json", text.encode())
+    with pytest.raises(
+        UserError, match=r"/preparation\.json: is damaged: delete it, or choose another --out"
+    ):
+        claim(storage, {"seed": 1})
