@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from pipelines.dataset import DataError
 from pipelines.shard_reader import BadSample
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ class BadSamples:
         """Raises `DataError` naming the first one where none may be passed over."""
         for sample in samples:
             if not self._skip:
-                raise DataError(str(sample))
+                raise sample.error()
             self.count += 1
             place = (sample.shard, sample.row)
             if place not in self.samples and len(self.samples) < _LISTED:

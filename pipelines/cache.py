@@ -55,6 +55,11 @@ class WeightedLRU(Generic[K, V]):
             self._drop_oldest()
         return value
 
+    def drop(self, key: K) -> None:
+        """Drop the value of this key, if there is one."""
+        if key in self._items:
+            self.num_bytes -= self._items.pop(key)[1]
+
     def _drop_oldest(self) -> None:
         _, (_, weight) = self._items.popitem(last=False)
         self.num_bytes -= weight

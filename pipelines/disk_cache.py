@@ -17,8 +17,10 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 import threading
@@ -40,11 +42,14 @@ _POLL_S = 0.02
 _NEW = ".new-"
 _NEW_NAME = re.compile(r"\.new-[a-z0-9_]{8}")
 _OBJECT_NAME = re.compile("[0-9a-f]{64}")
+# of the disk of a folder that nobody chose
+_KEPT_FREE = 0.1
 
 
 def fetch_through(setting: str, max_bytes: int, storage: Storage) -> Fetch:
     """How to fetch a data set's objects. `setting`: "none"; a folder, in which the cache makes its own; or "auto",
-    which is the system's temporary folder for data that are on another machine, and none for files.
+    which is the system's temporary folder for data that are on another machine, and none for files; there a tenth
+    of the disk stays free.
 
     Raises `UserError` on a relative folder.
     """
@@ -56,19 +61,21 @@ def fetch_through(setting: str, max_bytes: int, storage: Storage) -> Fetch:
         folder = Path(setting)
     if not folder.is_absolute() or "\0" in setting:
         raise UserError(f"data.disk_cache: must be auto, none or an absolute folder, got {setting!r}")
-    return DiskCache(folder, max_bytes)
+    return DiskCache(folder, max_bytes, keep_free=_KEPT_FREE if setting == "auto" else 0.0)
 
 
 class DiskCache:
     """A `Fetch` that keeps up to `max_bytes` of objects in a folder of its own in `folder`, those used last; made
     when first needed.
 
-    Objects that are just being written come on top. For any number of threads and processes.
+    `keep_free`: the share of the disk that stays free; less is kept where others fill it. Objects that are just
+    being written come on top. For any number of threads and processes.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, keep_free: float = 0.0) -> None:
         self._folder = folder / f"ddpm-cache-{os.getuid()}"
         self._max_bytes = max_bytes
+        self._keep_free = keep_free
         self._stuck: set[str] = set()
         self._warned = threading.Event()
 
@@ -115,6 +122,8 @@ class DiskCache:
             if len(data) > self._max_bytes or path.is_dir():
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._disk_has_room(len(data)):
+                return
             with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_NEW, delete=False) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 try:
@@ -129,8 +138,25 @@ class DiskCache:
         except OSError as error:
             self._warn(error)
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Delete what was used longest ago until so many bytes more fit, and what killed processes left."""
+    def _disk_has_room(self, num_bytes: int) -> bool:
+        """Whether so many bytes more leave the disk as free as it must stay, or do once older objects are gone."""
+        if not self._keep_free:
+            return True
+        with self._lock("evict"):
+            disk = shutil.disk_usage(self._folder)
+            missing = num_bytes + math.ceil(self._keep_free * disk.total) - disk.free
+            if missing <= 0:
+                return True
+            kept = self._kept()
+            if missing > sum(size for _, size, _ in kept):
+                # as the other troubles of a disk: once a process
+                self._warn(OSError(errno.ENOSPC, f"the disk is {1 - self._keep_free:.0%} full"))
+                return False
+            self._evict(kept, missing)
+            return True
+
+    def _kept(self) -> list[tuple[int, int, Path]]:
+        """(time of its last use, size, path) of each object, those used longest ago first."""
         kept = []
         for file in self._folder.glob("??/*"):
             with contextlib.suppress(OSError):
@@ -138,15 +164,23 @@ class DiskCache:
                 named = _OBJECT_NAME.fullmatch(file.name) and file.name.startswith(file.parent.name)
                 if named and stat.S_ISREG(found.st_mode):
                     kept.append((found.st_mtime_ns, found.st_size, file))
-        total = num_bytes + sum(size for _, size, _ in kept)
-        for _, size, file in sorted(kept):
-            if total <= self._max_bytes:
-                break
+        return sorted(kept)
+
+    def _evict(self, kept: list[tuple[int, int, Path]], num_bytes: int) -> None:
+        """Delete the first of these until they were so many bytes; `OSError` where they can't be deleted."""
+        for _, size, file in kept:
+            if num_bytes <= 0:
+                return
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
-                total -= size
-        if total > self._max_bytes:
+                num_bytes -= size
+        if num_bytes > 0:
             raise OSError(errno.ENOSPC, "what it holds can't be deleted")
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete what was used longest ago until so many bytes more fit, and what killed processes left."""
+        kept = self._kept()
+        self._evict(kept, num_bytes + sum(size for _, size, _ in kept) - self._max_bytes)
         for file in self._folder.glob(f"{_NEW}*"):
             # one that is locked is being written; one that was just made is locked in a moment
             with contextlib.suppress(OSError):

@@ -1,10 +1,13 @@
-"""Whole shards, fetched ahead of need, verified once and sliced by their index."""
+"""Shards, fetched whole and ahead of need, verified once and sliced by their index; large ones read by ranges."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import google_crc32c
 import numpy as np
@@ -12,15 +15,30 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.cache import WeightedLRU
-from pipelines.dataset import DataError, Dataset, Shard
+from pipelines.dataset import DataError, Dataset, Shard, what_to_run
 from pipelines.decode import decode_into
+from pipelines.errors import one_line
+from pipelines.ranged import RangedShard
 from pipelines.shards import ShardIndex, parse_index, sha256
-from pipelines.storage import ObjectMissing, Storage
+from pipelines.storage import NoRanges, ObjectMissing, Storage
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_BYTES = 256 * 2**20
 _FETCH_ATTEMPTS = 3
+# so many requests for ranges run side by side
+_RANGES_AT_ONCE = 16
+# of a shard this large or larger, a quarter of the samples or fewer is read by ranges, so many samples at a time
+_RANGED_BYTES = 2**20
+_RANGED_SHARE = 0.25
+_RANGED_ROWS = 32
+# what the index of a shard weighs, roughly, a sample
+_INDEX_ROW_BYTES = 64
 # a tar of which the images are less than this share is kept as its images alone
 _DENSE = 0.8
+
+# servers that turned out to give no parts of objects; each is asked, and told of, once a process
+_without_ranges: set[str] = set()
 
 # (storage, key, SHA-256) -> bytes that have this hash
 Fetch = Callable[[Storage, str, str], bytes]
@@ -36,9 +54,7 @@ def fetch_verified(storage: Storage, key: str, expected_sha256: str) -> bytes:
         try:
             data = storage.get(key)
         except ObjectMissing:
-            raise DataError(
-                f"{storage.uri}/{key}: is missing from its data set: restore it, or prepare the set again"
-            ) from None
+            raise DataError(f"{storage.uri}/{key}: is missing from its data set") from None
         found = sha256(data)
         if found == expected_sha256:
             return data
@@ -50,8 +66,11 @@ def fetch_verified(storage: Storage, key: str, expected_sha256: str) -> bytes:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample whose image cannot be had. `object`: its shard's address; `reason`: why, in a few words."""
+    """A sample whose image cannot be had. `dataset`, `object`: the addresses of its data set and its shard;
+    `reason`: why, in a few words.
+    """
 
+    dataset: str
     shard: int
     row: int
     object: str
@@ -60,6 +79,10 @@ class BadSample:
 
     def __str__(self) -> str:
         return f"{self.object}: sample {self.key!r}: {self.reason}"
+
+    def error(self) -> DataError:
+        """The error of those who cannot do without it."""
+        return DataError(f"{self}; {what_to_run(self.dataset, deep=True)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +123,11 @@ class ShardReader:
 
     A shard is fetched whole, once, and kept while it fits: up to `cache_bytes` in all, and up to `max_shards`
     shards where that is given; one shard is always kept. `fetch_ahead` fetches up to `parallel` shards at a time
-    in threads, within the same memory. With `decode_threads` above 1 as many threads decode; the images are
-    the same. `fetch` is where a cache of a node's disk goes in between. For one thread; `close()` ends its own.
+    in threads, within the same memory. With `decode_threads` above 1 as many threads decode; the images are the
+    same. `fetch` is where a cache of a node's disk goes in between. For one thread; `close()` ends its own.
+
+    Of a shard with more than `ranged_above` bytes (`cache_bytes`, unless that is given) only the index is kept,
+    and the samples are fetched as they are read, by ranges; where a server gives none, it is fetched whole.
     """
 
     def __init__(
@@ -111,6 +137,7 @@ class ShardReader:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         *,
         max_shards: int | None = None,
+        ranged_above: int | None = None,
         parallel: int = 4,
         decode_threads: int = 1,
         fetch: Fetch = fetch_verified,
@@ -119,10 +146,12 @@ class ShardReader:
         self._shards = dataset.shards(split)
         self._fetch = fetch
         self._cache_bytes = cache_bytes
-        self._loaded: WeightedLRU[int, _LoadedShard] = WeightedLRU(cache_bytes, max_shards)
-        self._under_way: dict[int, Future[_LoadedShard]] = {}
+        self._ranged_above = cache_bytes if ranged_above is None else ranged_above
+        self._loaded: WeightedLRU[int, _LoadedShard | RangedShard] = WeightedLRU(cache_bytes, max_shards)
+        self._under_way: dict[int, Future[_LoadedShard | RangedShard]] = {}
         # threads start with the first task
         self._fetchers = ThreadPoolExecutor(parallel, "ddpm-fetch")
+        self._rangers = ThreadPoolExecutor(_RANGES_AT_ONCE, "ddpm-range")
         self._decode_threads = decode_threads
         self._decoders = ThreadPoolExecutor(decode_threads, "ddpm-decode")
 
@@ -132,7 +161,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Begin no further fetch. Fetches that are under way end by themselves."""
-        for pool in (self._fetchers, self._decoders):
+        for pool in (self._fetchers, self._rangers, self._decoders):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def read(
@@ -147,7 +176,7 @@ class ShardReader:
         wanted = np.asarray(rows, dtype=np.int64)
         labels, bad = self.read_into(shard, wanted, images, range(len(rows)))
         if bad:
-            raise DataError(str(bad[0]))
+            raise bad[0].error()
         return images.transpose(0, 3, 1, 2), labels
 
     def read_into(
@@ -158,15 +187,34 @@ class ShardReader:
         Returns the labels of all, and the bad samples, `out` being zero at their places. Raises `DataError` naming
         the shard where the shard itself is bad.
         """
-        loaded = self._get(shard)
-        row_of = dict(zip(places, rows.tolist(), strict=True))
+        loaded, at = self._at_hand(shard, rows)
+        number_of = {place: number for number, place in enumerate(places)}
         bad = []
-        for place, reason in self._decode(loaded, rows, out, places):
+        for place, reason in self._decode(loaded, at, out, places):
             out[place] = 0
-            key = loaded.index.key[row_of[place]].as_py()
+            number = number_of[place]
+            key = loaded.index.key[int(at[number])].as_py()
             where = self._dataset.uri_of(self._shards[shard])
-            bad.append(BadSample(shard, row_of[place], where, key, reason))
-        return loaded.index.label[rows], bad
+            bad.append(BadSample(self._dataset.uri, shard, int(rows[number]), where, key, reason))
+        return loaded.index.label[at], bad
+
+    def _at_hand(self, shard: int, rows: NDArray[np.int64]) -> tuple[_LoadedShard, NDArray[np.int64]]:
+        """A shard that holds these rows, and which of its own rows they are."""
+        held = self._get(shard)
+        if isinstance(held, _LoadedShard):
+            return held, rows
+        different, at = np.unique(rows, return_inverse=True)
+        try:
+            with self._advising():
+                images = held.read(different, self._rangers)
+        except NoRanges as error:
+            server = _server(self._dataset.uri_of(self._shards[shard]))
+            if server not in _without_ranges:
+                log.warning("%s; shards are fetched whole, whatever data.cache_bytes says", one_line(error))
+                _without_ranges.add(server)
+            self._loaded.drop(shard)
+            return self._at_hand(shard, rows)
+        return _end_to_end(images, held.index.part(different)), at
 
     def _decode(
         self, loaded: _LoadedShard, rows: NDArray[np.int64], out: NDArray[np.uint8], places: Sequence[int]
@@ -197,22 +245,43 @@ class ShardReader:
         for shard in shards:
             if shard in self._loaded or shard in self._under_way:
                 continue
-            coming = sum(self._shards[other].num_bytes for other in self._under_way)
-            room = self._cache_bytes - coming - self._shards[shard].num_bytes
+            coming = sum(self._expected_bytes(self._shards[other]) for other in self._under_way)
+            room = self._cache_bytes - coming - self._expected_bytes(self._shards[shard])
             if not self._loaded.shrink(room, in_use):
                 return
             self._under_way[shard] = self._fetchers.submit(self._load, self._shards[shard])
 
-    def _get(self, shard: int) -> _LoadedShard:
+    def _by_ranges(self, shard: Shard) -> bool:
+        return (
+            shard.num_bytes > self._ranged_above
+            and _server(self._dataset.uri_of(shard)) not in _without_ranges
+        )
+
+    def _expected_bytes(self, shard: Shard) -> int:
+        return shard.count * _INDEX_ROW_BYTES if self._by_ranges(shard) else shard.num_bytes
+
+    def _get(self, shard: int) -> _LoadedShard | RangedShard:
         return self._loaded.get(shard, lambda: self._arrived(shard), lambda loaded: loaded.num_bytes)
 
-    def _arrived(self, shard: int) -> _LoadedShard:
+    def _arrived(self, shard: int) -> _LoadedShard | RangedShard:
         future = self._under_way.pop(shard, None)
         if future is None or future.cancel():
             return self._load(self._shards[shard])
         return future.result()
 
-    def _load(self, shard: Shard) -> _LoadedShard:
+    @contextlib.contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Say to errors what to do about them."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{error}; {what_to_run(self._dataset.uri)}") from None
+
+    def _load(self, shard: Shard) -> _LoadedShard | RangedShard:
+        with self._advising():
+            return self._fetched(shard)
+
+    def _fetched(self, shard: Shard) -> _LoadedShard | RangedShard:
         storage = self._dataset.storage
         raw_index = self._fetch(storage, shard.index_key, shard.index_sha256)
         try:
@@ -225,13 +294,23 @@ class ShardReader:
                 raise ValueError("an index of another tar than the data set names")
         except ValueError as error:
             raise DataError(f"{storage.uri}/{shard.index_key}: {error}") from None
+        if self._by_ranges(shard):
+            return RangedShard(*self._dataset.tar_of(shard), self._dataset.uri_of(shard), index)
         tar = self._fetch(*self._dataset.tar_of(shard), shard.sha256)
         if index.length.sum() >= _DENSE * len(tar):
             return _LoadedShard(tar, index.offset, index)
         view = memoryview(tar)
         spans = zip(index.offset.tolist(), index.length.tolist(), strict=True)
-        images = b"".join(view[offset : offset + length] for offset, length in spans)
-        return _LoadedShard(images, np.cumsum(index.length) - index.length, index)
+        return _end_to_end((view[offset : offset + length] for offset, length in spans), index)
+
+
+def _server(uri: str) -> str:
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _end_to_end(images: Iterable[bytes | memoryview], index: ShardIndex) -> _LoadedShard:
+    return _LoadedShard(b"".join(images), np.cumsum(index.length) - index.length, index)
 
 
 def read_split(
@@ -239,18 +318,25 @@ def read_split(
 ) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
     """Samples `start` to `stop` of a split in stored order, as (key, uint8 `[C, H, W]`, label or −1).
 
-    One shard is held at a time, and shards before `start` are not fetched.
+    Shards before `start` are not fetched. At most one shard is held at a time, and of one larger than
+    `DEFAULT_CACHE_BYTES`, or of which less than a quarter is wanted, only some samples, by ranges.
     """
     if start < 0 or (stop is not None and stop < start):
         raise ValueError(f"start, stop: must be 0 <= start <= stop, got {start!r}, {stop!r}")
-    reader = ShardReader(dataset, split, cache_bytes=0)
+    whole = ShardReader(dataset, split, cache_bytes=0, ranged_above=2**63)
+    ranged = ShardReader(dataset, split, cache_bytes=0, ranged_above=0)
     first = 0
     for number, shard in enumerate(dataset.shards(split)):
         last = first + shard.count
         rows = range(max(start, first) - first, (last if stop is None else min(stop, last)) - first)
-        if len(rows):
-            keys = reader.keys_of(number, np.asarray(rows, dtype=np.int64))
-            for row, key in zip(rows, keys, strict=True):
-                images, labels = reader.read(number, [row])
-                yield key, images[0], int(labels[0])
+        reader, at_once = (ranged, _RANGED_ROWS) if _read_by_ranges(shard, len(rows)) else (whole, 1)
+        for begin in range(0, len(rows), at_once):
+            some = np.asarray(rows[begin : begin + at_once], dtype=np.int64)
+            images, labels = reader.read(number, some)
+            yield from zip(reader.keys_of(number, some), images, labels.tolist(), strict=True)
         first = last
+
+
+def _read_by_ranges(shard: Shard, num_rows: int) -> bool:
+    few = shard.num_bytes >= _RANGED_BYTES and num_rows <= _RANGED_SHARE * shard.count
+    return few or shard.num_bytes > DEFAULT_CACHE_BYTES

@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import google_crc32c
 import numpy as np
@@ -72,6 +72,11 @@ class ShardIndex:
     @property
     def count(self) -> int:
         return len(self.offset)
+
+    def part(self, rows: NDArray[np.int64]) -> ShardIndex:
+        """The index with these rows alone, in this order."""
+        columns = {name: getattr(self, name)[rows] for name in ("offset", "length", "label", "crc32c")}
+        return replace(self, key=self.key.take(pa.array(rows)), **columns)
 
     @property
     def num_bytes(self) -> int:

@@ -29,6 +29,14 @@ class ObjectMissing(StorageError):
     """No such object; the message is its URI."""
 
 
+class ObjectTooShort(StorageError):
+    """The object ends before the range that was asked for does."""
+
+
+class NoRanges(StorageError):
+    """The server gives no parts of objects: it answers a request for a range with the whole."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     key: str
@@ -50,7 +58,9 @@ class Storage(Protocol):
         ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Exactly `length` bytes from `start`; `ObjectMissing`, or `StorageError` where it ends earlier."""
+        """Exactly `length` bytes from `start`; raises `ObjectMissing`, `ObjectTooShort` where it ends earlier, or
+        `NoRanges` where only whole objects are to be had.
+        """
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -170,7 +180,7 @@ class FileStorage:
         except OSError as error:
             raise self._error(key, error) from None
         if len(data) != length:
-            raise StorageError(
+            raise ObjectTooShort(
                 f"{self._path(key)}: {len(data)} of {length} bytes at {start}: the object is too short"
             )
         return data

@@ -152,7 +152,8 @@ def _root_cause(error: BaseException) -> str | None:
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "cause", None) or failure
         if isinstance(cause, UserError):
-            return one_line(cause)
+            # whole, since what to do stands at the end
+            return one_line(cause, 1000)
         text = str(failure)
         for line in reversed(text.strip().splitlines()):
             if "Error: " in line:

@@ -19,7 +19,14 @@ from urllib3.exceptions import HTTPError, LocationParseError
 
 from pipelines.errors import UserError, one_line, without_password
 from pipelines.retries import TryAgain, insist
-from pipelines.storage import ObjectInfo, ObjectMissing, StorageError, checked_key
+from pipelines.storage import (
+    NoRanges,
+    ObjectInfo,
+    ObjectMissing,
+    ObjectTooShort,
+    StorageError,
+    checked_key,
+)
 
 Result = TypeVar("Result")
 
@@ -101,9 +108,9 @@ class HttpStorage:
             )
             if response.status == 416 or (given and given[3] != "*" and int(given[3]) < start + length):
                 there = max(0, int(given[3]) - start) if given and given[3] != "*" else 0
-                raise StorageError(f"{what}: {there} of {length} bytes at {start}: the object is too short")
+                raise ObjectTooShort(f"{what}: {there} of {length} bytes at {start}: the object is too short")
             if response.status != 206:
-                raise StorageError(f"{what}: this server gives no parts of objects (it ignores Range)")
+                raise NoRanges(f"{what}: this server gives no parts of objects (it ignores Range)")
             if not given or (given[1], given[2]) != (str(span[0]), str(span[1])):
                 raise TryAgain(
                     f"could not be read whole: asked for bytes {span[0]}-{span[1]}, got another part"

@@ -31,7 +31,14 @@ from botocore.parsers import ResponseParserError
 
 from pipelines.errors import UserError, one_line, printable, without_password
 from pipelines.retries import TryAgain, insist
-from pipelines.storage import ObjectInfo, ObjectMissing, StorageError, checked_key
+from pipelines.storage import (
+    NoRanges,
+    ObjectInfo,
+    ObjectMissing,
+    ObjectTooShort,
+    StorageError,
+    checked_key,
+)
 
 Result = TypeVar("Result")
 
@@ -207,6 +214,10 @@ class S3Storage:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
                     raise _too_short(uri, start, length, 0) from None
                 raise
+            if response["ResponseMetadata"]["HTTPStatusCode"] == 200:
+                # the whole of it is on its way, and is not waited for
+                response["Body"].close()
+                raise NoRanges(f"{uri}: this server gives no parts of objects (it ignores Range)")
             given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
             if given and given[3].isdecimal() and int(given[3]) < start + length:
                 response["Body"].close()
@@ -353,5 +364,5 @@ def _contradicts_etag(response: Any, data: bytes) -> bool:
     return hashlib.md5(data, usedforsecurity=False).hexdigest() != etag
 
 
-def _too_short(uri: str, start: int, length: int, there: int) -> StorageError:
-    return StorageError(f"{uri}: {there} of {length} bytes at {start}: the object is too short")
+def _too_short(uri: str, start: int, length: int, there: int) -> ObjectTooShort:
+    return ObjectTooShort(f"{uri}: {there} of {length} bytes at {start}: the object is too short")

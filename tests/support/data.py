@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -93,12 +94,16 @@ class WatchedStorage:
         inner: Storage,
         on_get: Callable[[str, bytes, int], bytes] | None = None,
         on_put: Callable[[str], None] | None = None,
+        on_range: Callable[[str, bytes, int], bytes] | None = None,
     ) -> None:
         self.inner = inner
         self.gets: Counter[str] = Counter()
+        self.ranges: list[tuple[str, int, int]] = []
+        self._lock = threading.Lock()
         self.puts: list[str] = []
         self._on_get = on_get or (lambda key, data, time: data)
         self._on_put = on_put or (lambda key: None)
+        self._on_range = on_range or (lambda key, data, time: data)
 
     @property
     def uri(self) -> str:
@@ -108,11 +113,16 @@ class WatchedStorage:
         return self.inner.child(*parts)
 
     def get(self, key: str) -> bytes:
-        self.gets[key] += 1
-        return self._on_get(key, self.inner.get(key), self.gets[key])
+        with self._lock:
+            self.gets[key] += 1
+            time = self.gets[key]
+        return self._on_get(key, self.inner.get(key), time)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        return self.inner.get_range(key, start, length)
+        with self._lock:
+            self.ranges.append((key, start, length))
+            time = self.ranges.count((key, start, length))
+        return self._on_range(key, self.inner.get_range(key, start, length), time)
 
     def put(self, key: str, data: bytes) -> None:
         self._on_put(key)

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,13 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from pipelines import disk_cache
+from pipelines.config import load_config
 from pipelines.dataset import DataError
 from pipelines.disk_cache import DiskCache, fetch_through
 from pipelines.errors import UserError
@@ -74,6 +79,79 @@ def test_what_was_used_longest_ago_goes_and_the_bound_holds(tmp_path: Path) -> N
     place.get(1)
     assert place.storage.gets["1"] == 2
     assert place.kept() == {0, 1, 3}
+
+
+def disk(monkeypatch: pytest.MonkeyPatch, place: Place, total: int, others: int) -> None:
+    """A disk of this size, which others fill so far."""
+
+    def usage(folder: Path) -> SimpleNamespace:
+        own = sum(file.stat().st_size for file in place.folder.glob("??/*"))
+        return SimpleNamespace(total=total, used=others + own, free=total - others - own)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def test_a_share_of_the_disk_stays_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path)
+    place.cache = DiskCache(place.given, MANY, keep_free=0.1)
+    disk(monkeypatch, place, total=2000, others=1500)  # 300 are ours
+    for age, number in enumerate((0, 1, 2)):
+        place.get(number)
+        os.utime(place.file(number), (1000 + age, 1000 + age))
+    assert place.kept() == {0, 1, 2}
+    place.get(3)
+    assert place.kept() == {1, 2, 3}
+    # others take more: less is kept, then no more, and what is here can still be used
+    disk(monkeypatch, place, total=2000, others=1650)
+    place.get(4)
+    assert place.kept() == {4}
+    disk(monkeypatch, place, total=2000, others=1750)
+    for number in (5, 6):
+        place.get(number)
+    assert place.kept() == {4}
+    assert caplog.text.count("the disk is 90% full; going on without it") == 1
+    place.get(4)
+    assert place.storage.gets["4"] == 1
+
+
+def test_only_a_folder_that_nobody_chose_leaves_a_share_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path)
+    disk(monkeypatch, place, total=2000, others=1950)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    s3 = open_storage("s3://bucket/x")
+    for setting, kept in (("auto", 0), (str(tmp_path / "chosen"), 1)):
+        fetch = fetch_through(setting, MANY, s3)
+        fetch(place.storage, "1", place.hashes[1])
+        folder = tmp_path / ("temporary" if setting == "auto" else "chosen")
+        assert len(list(folder.glob("*/??/*"))) == kept
+
+
+def num_bytes(quantity: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)(Ki|Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * 2 ** {"Ki": 10, "Mi": 20, "Gi": 30}[unit]
+
+
+def test_the_pods_of_kubernetes_may_use_as_much_disk_as_the_cache_takes() -> None:
+    """A pod that uses more than its limit is evicted; what it writes into /tmp counts, logs and the image's too."""
+    root = Path(__file__).resolve().parents[2]
+    job = yaml.safe_load((root / "k8s" / "base" / "rayjob.yaml").read_text(encoding="utf-8"))
+    cluster = job["spec"]["rayClusterSpec"]
+    config = re.search(r"--config (\S+)", job["spec"]["entrypoint"])
+    assert config
+    cache = load_config(config[1]).data.disk_cache_bytes
+    templates = [
+        cluster["headGroupSpec"]["template"],
+        *(group["template"] for group in cluster["workerGroupSpecs"]),
+    ]
+    for template, needed in zip(templates, (0, cache), strict=True):
+        (container,) = template["spec"]["containers"]
+        for kind in ("requests", "limits"):
+            # besides: what is being written, Ray's logs
+            assert num_bytes(container["resources"][kind]["ephemeral-storage"]) >= needed + 5 * 2**30
 
 
 def test_an_object_larger_than_the_cache_is_not_kept_and_drops_nothing(tmp_path: Path) -> None:
@@ -331,6 +409,7 @@ def test_room_is_made_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
 READER = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from pipelines.dataset import Dataset
 from pipelines.disk_cache import DiskCache
 from pipelines.shard_reader import ShardReader

@@ -7,9 +7,10 @@ import gc
 import io
 import itertools
 import threading
-import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 
 from ddpm_core import rng
+from pipelines import reader
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset
 from pipelines.images import encode_png, to_model
@@ -27,6 +29,7 @@ from pipelines.reader import MicroBatch, ShardReader, StreamBatches, read_split
 from pipelines.shards import PackedShard, Sample, pack, parse_index
 from pipelines.storage import ObjectMissing, StorageError
 from tests.support.data import WatchedStorage, dataset_of, image_bytes, packed, put_dataset, random_images
+from tests.support.held import Held
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +89,15 @@ def test_read_split_of_a_part_fetches_only_its_shards(tmp_path: Path, start: int
 def test_a_reader_takes_rows_in_any_order_and_keeps_what_fits(tmp_path: Path) -> None:
     dataset, images = dataset_of(tmp_path, [6, 6, 6])
     storage = watched(dataset)
-    reader = ShardReader(through(dataset, storage), "train")
-    got, labels = reader.read(1, [5, 0, 0, 3])
+    roomy = ShardReader(through(dataset, storage), "train")
+    got, labels = roomy.read(1, [5, 0, 0, 3])
     assert np.array_equal(got, images[[11, 6, 6, 9]])
     assert labels.tolist() == [5, 0, 0, 3]
-    reader.read(0, [1])
-    reader.read(1, [1])
+    roomy.read(0, [1])
+    roomy.read(1, [1])
     assert storage.gets["train/shard-000001.tar"] == 1
 
-    tight = ShardReader(through(dataset, storage := watched(dataset)), "train", cache_bytes=1)
+    tight = ShardReader(through(dataset, storage := watched(dataset)), "train", 1, ranged_above=2**40)
     for shard in (0, 1, 1, 0):
         assert np.array_equal(tight.read(shard, [2])[0][0], images[6 * shard + 2])
     assert storage.gets["train/shard-000000.tar"] == 2
@@ -139,7 +142,10 @@ def test_an_altered_object_is_fetched_three_times_and_then_named(
     bad = f"train/shard-000001.{suffix}"
     (tmp_path / bad).write_bytes(damage((tmp_path / bad).read_bytes()))
     storage = watched(dataset)
-    with pytest.raises(DataError, match=rf"{bad}: is damaged or was exchanged") as error:
+    advice = (
+        f"`ddpm verify {dataset.uri}` names all that is damaged; delete that, and the same `ddpm prepare`"
+    )
+    with pytest.raises(DataError, match=rf"{bad}: is damaged or was exchanged.*; {advice}") as error:
         list(read_split(through(dataset, storage), "train"))
     assert "\n" not in str(error.value)
     assert storage.gets[bad] == 3
@@ -164,7 +170,9 @@ def test_a_body_that_arrives_wrong_is_fetched_again(tmp_path: Path, suffix: str)
 def test_a_missing_object_is_named(tmp_path: Path, suffix: str) -> None:
     dataset, _ = dataset_of(tmp_path, [4, 4])
     (tmp_path / f"train/shard-000001.{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"train/shard-000001.{suffix}: is missing"):
+    with pytest.raises(
+        DataError, match=rf"train/shard-000001.{suffix}: is missing.*; `ddpm verify {dataset.uri}`"
+    ):
         list(read_split(dataset, "train"))
 
 
@@ -247,7 +255,10 @@ def test_a_stored_image_that_is_not_what_the_record_says_is_named(
 ) -> None:
     shard = pack([Sample("good", encode_png(random_images(1)[0])), Sample("größe/bad", image)])
     dataset = put_dataset(tmp_path, {"train": [shard]}, (1, 8, 8))
-    with pytest.raises(DataError, match=rf"shard-000000.tar: sample 'größe/bad': .*{reason}"):
+    line = (
+        rf"shard-000000.tar: sample 'größe/bad': .*{reason}.*; `ddpm verify {dataset.uri} --deep` names all"
+    )
+    with pytest.raises(DataError, match=line):
         list(read_split(dataset, "train"))
 
 
@@ -427,27 +438,54 @@ def test_a_split_without_samples_is_named(tmp_path: Path) -> None:
     assert list(read_split(dataset, "train")) == []
 
 
-def peak_of_an_epoch(dataset: Dataset) -> int:
-    steps = dataset.count("train") // 6
-    tracemalloc.start()
-    try:
-        options = {"seed": 0, "num_streams": 2, "streams": [0, 1], "micro_batch_size": 3}
-        with StreamBatches(dataset, "train", **options) as stream:  # type: ignore[arg-type]
-            for _ in range(steps):
-                next(stream)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+STREAMS, PREFETCH, FETCHERS = 2, 2, 4
 
 
-def test_memory_stays_flat_when_the_data_are_twenty_times_as_many(tmp_path: Path) -> None:
-    shape = (3, 32, 32)  # a shard of 6 weighs about 25 kB
-    small, _ = dataset_of(tmp_path / "small", [6] * 4, shape)
-    large, _ = dataset_of(tmp_path / "large", [6] * 80, shape)
-    shard_bytes = small.splits["train"][0].num_bytes
-    peak_of_an_epoch(small)  # what is allocated once a process
-    # twice each: what threads hold at the peak is a matter of their timing
-    one = max(peak_of_an_epoch(small) for _ in range(2))
-    many = min(peak_of_an_epoch(large) for _ in range(2))
-    assert many < one + 3 * shard_bytes
-    assert 80 * shard_bytes > 4 * many  # the test would see a cache that keeps everything
+def held_over_an_epoch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """The most shards, and the most micro-batches, that were held at any time, by whatever part of the reader."""
+    shards, parts = Held(), Held()
+    tar_bytes = dataset.splits["train"][0].num_bytes
+
+    def count(key: str, data: bytes, time: int) -> bytes:
+        return shards.out(data) if key.endswith(".tar") else data
+
+    class Counted(MicroBatch):
+        def __init__(self, *values: Any) -> None:
+            super().__init__(*values)
+            parts.add(1)
+            weakref.finalize(self, parts.add, -1)
+
+    monkeypatch.setattr(reader, "MicroBatch", Counted)
+    options = {"seed": 0, "num_streams": STREAMS, "streams": range(STREAMS), "micro_batch_size": 3}
+    with StreamBatches(
+        through(dataset, watched(dataset, count)),
+        "train",
+        prefetch=PREFETCH,
+        **options,  # type: ignore[arg-type]
+    ) as stream:
+        for _ in range(dataset.count("train") // 6):
+            next(stream)
+    return -(-shards.peak // tar_bytes), parts.peak
+
+
+def test_however_many_the_data_are_only_so_many_shards_and_batches_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What threads hold at a time is a matter of their timing, but no timing makes it more than this."""
+    # images that make up most of their tar, which is then kept as it is; all tars of one size
+    images = random_images(6, (3, 64, 64))
+    assert len({len(encode_png(image)) // 512 for image in images}) == 1
+    shards = [packed(images, 6 * number) for number in range(80)]
+    dataset = put_dataset(tmp_path, {"train": shards}, (3, 64, 64))
+    # those that the streams stand in and come to, and one that makes room for itself; those on their way; those
+    # that a thread has fetched and not let go of yet
+    most_shards = (2 * STREAMS + 1) + STREAMS + FETCHERS
+    # those that wait; that which the thread has put there last, makes now, and the consumer has
+    most_batches = (PREFETCH + 3) * STREAMS
+    held_shards, held_batches = held_over_an_epoch(dataset, monkeypatch)
+    assert 2 * STREAMS <= held_shards <= most_shards
+    assert held_batches <= most_batches
+    # a reader that keeps what it has read would be seen
+    monkeypatch.setattr(WeightedLRU, "_over", lambda self: False)
+    monkeypatch.setattr(WeightedLRU, "retain", lambda self, keys: None)
+    assert held_over_an_epoch(dataset, monkeypatch)[0] >= 75

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import re
-import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ddpm_core import rng
 from ddpm_core.unet import UNetConfig
-from pipelines.cache import WeightedLRU
 from pipelines.checkpoints import CheckpointError, Checkpoints, State
 from pipelines.config import Config, OptimizerConfig, load_config
 from pipelines.dataset import Dataset
@@ -673,50 +672,37 @@ def test_activations_are_those_that_the_backward_pass_keeps() -> None:
 # --- memory ---
 
 
-def peak_bytes(uri: str, num_steps: int) -> int:
-    """Python's and NumPy's peak while a learner trains on a data set, whose whole epoch this is."""
-    config = tiny_config(f"data.uri={uri}", "train.batch_size=64")
-    learner = Learner(config, CPU)
-    with closing(batches_of(config, [0, 1, 2, 3], 0)) as batches:
-        # what every run allocates once is there before it counts
-        learner.step(0, next(batches), SingleWorker(CPU))
-        tracemalloc.start()
-        try:
-            for step in range(1, num_steps):
-                micro_batches = next(batches)
-                if step % 10 == 0:
-                    learner.step(step, micro_batches, SingleWorker(CPU))
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+def held(config: Config, numbers: list[int]) -> list[tuple[int, int]]:
+    """How many objects Python keeps track of after so many steps of a learner, and the bytes of those that are
+    tensors. What a reader holds, another test counts.
+    """
+    learner, world = Learner(config, CPU), SingleWorker(CPU)
+    found = []
+    for step in range(numbers[-1]):
+        learner.step(step, made_up_batches(config, step), world)
+        if step + 1 in numbers:
+            gc.collect()
+            there = gc.get_objects()
+            tensors = [one for one in there if issubclass(type(one), Tensor)]
+            found.append((len(there), sum(tensor.nbytes for tensor in tensors)))
+    return found
 
 
-@pytest.fixture(scope="module")
-def small_and_large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The same shards once and 20 times; even once they are more than the reader holds."""
-    folder = tmp_path_factory.mktemp("memory")
-    shards = [packed(random_images(8, (1, 8, 8), seed)) for seed in range(10)]
-    test = packed(random_images(3))
-    for name, repeats in (("small", 1), ("large", 20)):
-        put_dataset(folder / name, {"train": shards * repeats, "test": [test]}, (1, 8, 8))
-    return str(folder / "small"), str(folder / "large")
+def test_a_learner_holds_after_many_steps_what_it_held_after_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("data.on_bad_sample=skip", "objective.timestep_sampling=loss_second_moment")
+    (few, few_bytes), (many, many_bytes) = held(config, [10, 60])
+    assert many_bytes == few_bytes > 10_000
+    assert many - few < 50  # not one a step
+    kept: list[list[int]] = []
+    step = Learner.step
 
+    def remembers(self: Learner, number: int, *rest: Any) -> StepResult:
+        kept.append([number])
+        return step(self, number, *rest)
 
-NUM_STEPS = 20 * 80 // 64
-
-
-def test_memory_is_flat_when_the_data_are_20_times_as_many(
-    small_and_large: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small, large = small_and_large
-    # twice each, since what threads hold at the peak is a matter of their timing
-    peak = max(peak_bytes(small, NUM_STEPS) for _ in range(2))
-    assert min(peak_bytes(large, NUM_STEPS) for _ in range(2)) < 1.25 * peak + 30_000
-    # and a reader that keeps what it has read would be seen
-    monkeypatch.setattr(WeightedLRU, "_over", lambda self: False)
-    monkeypatch.setattr(WeightedLRU, "retain", lambda self, keys: None)
-    monkeypatch.setattr(WeightedLRU, "shrink", lambda self, max_bytes, keep: True)
-    assert peak_bytes(large, NUM_STEPS) > 1.25 * peak + 60_000
+    monkeypatch.setattr(Learner, "step", remembers)
+    (few, _), (many, _) = held(config, [10, 60])
+    assert many - few >= 50
 
 
 def test_the_log_of_a_run_is_for_people(

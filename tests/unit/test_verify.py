@@ -20,6 +20,7 @@ from jobs import cli
 from pipelines.dataset import DataError, Dataset
 from pipelines.images import encode_png
 from pipelines.prepare import prepare
+from pipelines.reader import read_split
 from pipelines.shards import PackedShard, Sample, pack, parse_index
 from pipelines.verify import Verified, verify
 from tests.support.data import dataset_of, image_bytes, packed, put_dataset, random_images
@@ -260,6 +261,25 @@ def test_the_command_names_each_bad_sample_and_exits_with_1(
     result = json.loads(capsys.readouterr().out)
     assert (result["whole"], result["samples"], len(result["problems"])) == (False, 18, 4)
     assert {problem["sample"] for problem in result["problems"]} == {None, "sample-000007", "sample-000009"}
+
+
+def test_what_the_readers_message_advises_mends_the_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "digits"
+    dataset = prepare("digits", str(root), shard_count=3)
+    change(root / TAR, flip(3000))
+    with pytest.raises(DataError, match="is damaged") as error:
+        list(read_split(dataset, "train"))
+    _, command, _, does, _ = str(error.value).split("`")
+    assert (command, does) == (f"ddpm verify {dataset.uri}", "ddpm prepare")
+    assert ddpm_verify(*command.split()[2:]) == 1
+    damaged = {line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:-1]}
+    assert damaged == {f"{dataset.uri}/{TAR}"}
+    (root / TAR).unlink()
+    assert prepare("digits", str(root), shard_count=3).identity == dataset.identity
+    assert lines(root, deep=True) == []
+    assert len(list(read_split(dataset, "train"))) == dataset.count("train")
 
 
 def test_where_there_is_no_data_set_that_is_a_mistake(tmp_path: Path) -> None:
