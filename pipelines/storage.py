@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from pipelines import aside
 from pipelines.errors import UserError, one_line
 
 
@@ -186,43 +186,26 @@ class FileStorage:
         return data
 
     def put(self, key: str, data: bytes) -> None:
+        path = self._path(key)
         try:
-            written = self._write_aside(key, data)
-            try:
-                written.replace(self._path(key))
-            except BaseException:
-                written.unlink()
-                raise
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.written(path.parent, data) as written:
+                written.replace(path)
         except OSError as error:
             raise self._error(key, error) from None
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
         try:
-            written = self._write_aside(key, data)
-            try:
-                os.link(written, self._path(key))
-            except FileExistsError:
-                return False
-            finally:
-                written.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.written(path.parent, data) as written:
+                try:
+                    os.link(written, path)
+                except FileExistsError:
+                    return False
         except OSError as error:
             raise self._error(key, error) from None
         return True
-
-    def _write_aside(self, key: str, data: bytes) -> Path:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-        aside = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        return aside
 
     def exists(self, key: str) -> bool:
         try:
@@ -244,7 +227,7 @@ class FileStorage:
             for name in names:
                 path = Path(where) / name
                 key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix) and not name.startswith(".tmp-"):
+                if key.startswith(prefix) and not name.startswith(aside.PREFIX):
                     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                         found.append(ObjectInfo(key, path.stat().st_size))
         return sorted(found, key=lambda info: info.key)
