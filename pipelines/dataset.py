@@ -11,12 +11,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote
 
 import pyarrow as pa
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+)
 
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError, one_line, printable
 from pipelines.images import check_levels
 from pipelines.shards import read_parquet, sha256, to_parquet
 from pipelines.storage import ObjectMissing, Storage, open_storage
@@ -26,6 +35,8 @@ VERSION = 1
 RECORD_KEY = "dataset.json"
 SHARDS_KEY = "shards.parquet"
 SPLITS = ("train", "test")
+# Pillow decodes no larger image
+_MAX_PIXELS = 178_956_970
 
 
 class DataError(UserError):
@@ -69,7 +80,13 @@ def shards_to_parquet(shards: Iterable[Shard]) -> bytes:
 
 def shards_from_parquet(data: bytes) -> list[Shard]:
     """Raises `ValueError` with the reason if these bytes are no list of shards."""
-    return [Shard(**row) for row in read_parquet(data, _SHARD_SCHEMA).to_pylist()]
+    shards = [Shard(**row) for row in read_parquet(data, _SHARD_SCHEMA).to_pylist()]
+    for shard in shards:
+        if shard.count < 0 or shard.num_bytes < 0:
+            raise ValueError(
+                f"a shard of {shard.count} samples and {shard.num_bytes} bytes: {printable(shard.key)}"
+            )
+    return shards
 
 
 def canonical_json(record: Mapping[str, Any]) -> bytes:
@@ -132,6 +149,26 @@ class Dataset:
         return sum(shard.count for shard in self.shards(split))
 
 
+class _Split(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    count: NonNegativeInt
+
+
+class _Record(BaseModel):
+    """What is read of `dataset.json`: no number for a text, no 8.9 or true for a number."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+    levels: int
+    classes: list[str]
+    splits: dict[str, _Split]
+    preparation: dict[str, Any] = {}
+    shards_sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
 def load_from(storage: Storage) -> Dataset:
     """`Dataset.load` for a storage that is open already."""
     where = f"{storage.uri}/{RECORD_KEY}"
@@ -143,33 +180,53 @@ def load_from(storage: Storage) -> Dataset:
             f"make one with `ddpm prepare SOURCE --out {storage.uri}`"
         ) from None
     try:
-        record = json.loads(raw)
+        record = json.loads(raw, parse_constant=_refuse_constant)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
+        identity = hashlib.sha256(canonical_json(record)).hexdigest()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not the record of a data set ({one_line(error, 120)})") from None
-    if record.get("version") != VERSION:
+    version = record.get("version")
+    if type(version) is not int or version != VERSION:
         raise DataError(
-            f"{where}: has format version {record.get('version')!r}, and this program reads version {VERSION}"
+            f"{where}: has format version {_shown(version)}, and this program reads version {VERSION}"
         )
     try:
-        channels, height, width = (int(size) for size in record["shape"])
-        levels, classes = int(record["levels"]), tuple(str(name) for name in record["classes"])
-        check_levels(levels)
-        shards_sha256 = str(record["shards_sha256"])
-        counts = {split: int(record["splits"][split]["count"]) for split in record["splits"]}
-        str(record["name"])
-    except (KeyError, TypeError, ValueError) as error:
+        about = _Record.model_validate(record)
+        check_levels(about.levels)
+        channels, height, width = about.shape
+        if channels not in (1, 3) or height * width > _MAX_PIXELS:
+            raise ValueError(f"shape: must be [1 or 3, height, width], got {_shown(about.shape)}")
+    except ValidationError as invalid:
+        problem = invalid.errors()[0]
+        place = one_line(ValueError(printable(".".join(map(str, problem["loc"])))), 60)
+        raise DataError(
+            f"{where}: is damaged (field {place}: {problem['msg']}, got {_shown(problem['input'])})"
+        ) from None
+    except ValueError as error:
         raise DataError(f"{where}: is damaged (field {one_line(error, 120)})") from None
     return Dataset(
         storage=storage,
-        identity=hashlib.sha256(canonical_json(record)).hexdigest(),
+        identity=identity,
         shape=(channels, height, width),
-        levels=levels,
-        classes=classes,
-        splits=_load_shards(storage, shards_sha256, counts),
+        levels=about.levels,
+        classes=tuple(about.classes),
+        splits=_load_shards(
+            storage, about.shards_sha256, {split: found.count for split, found in about.splits.items()}
+        ),
         record=record,
     )
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return one_line(ValueError(repr(value)), 40)
+    except (ValueError, RecursionError):  # a number of too many digits, or lists in lists
+        return "what is too long to be shown"
 
 
 def _load_shards(storage: Storage, expected: str, counts: dict[str, int]) -> dict[str, tuple[Shard, ...]]:

@@ -1,12 +1,14 @@
 """A node's disk as a cache of a data set's objects, shared by all processes of the node.
 
-FOLDER/ab/abcdef…        an object, named by its SHA-256; the time of its last use is its mtime
-FOLDER/.new-…            one that is being written, locked by who writes it
-FOLDER/.locks/000 … 3ff  held while an object is fetched, by the first 10 bits of its hash
-FOLDER/.locks/evict      held while room is made
+OURS = FOLDER/ddpm-cache-UID, since FOLDER may hold anything, and be anybody's
+OURS/ab/abcdef…        an object, named by its SHA-256; the time of its last use is its mtime
+OURS/.new-…            one that is being written, locked by who writes it
+OURS/.locks/000 … 3ff  held while an object is fetched, by the first 10 bits of its hash
+OURS/.locks/evict      held while room is made
 
-Everything read from it is checked by SHA-256, so that nothing in it has to be believed. The locks are the kernel's,
-which lets them go however a process dies. Whatever goes wrong with the disk, the object comes from its storage.
+Nothing but files of these names is deleted. Everything read from it is checked by SHA-256, so that nothing in it
+has to be believed. The locks are the kernel's, which lets them go however a process dies; for one that is stopped
+nobody waits without end. Whatever goes wrong with the disk, the object comes from its storage.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import fcntl
 import logging
 import math
 import os
+import re
 import shutil
+import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,42 +35,48 @@ from pipelines.storage import Storage
 
 log = logging.getLogger(__name__)
 
+# Longer than fetching a shard takes. A process that holds a lock for longer may be stopped: the object is then
+# fetched without it, a second time at worst.
+LOCK_WAIT_S = 60.0
+_POLL_S = 0.02
 _NEW = ".new-"
+_NEW_NAME = re.compile(r"\.new-[a-z0-9_]{8}")
+_OBJECT_NAME = re.compile("[0-9a-f]{64}")
 # of the disk of a folder that nobody chose
 _KEPT_FREE = 0.1
 
 
-def default_folder() -> Path:
-    """A folder of this user's under the system's temporary one."""
-    return Path(tempfile.gettempdir()) / f"ddpm-cache-{os.getuid()}"
-
-
 def fetch_through(setting: str, max_bytes: int, storage: Storage) -> Fetch:
-    """How to fetch a data set's objects. `setting`: "none"; a folder; or "auto", which is a folder under the
-    system's temporary one for data that are on another machine, and none for files; there a tenth of the disk
-    stays free.
+    """How to fetch a data set's objects. `setting`: "none"; a folder, in which the cache makes its own; or "auto",
+    which is the system's temporary folder for data that are on another machine, and none for files; there a tenth
+    of the disk stays free.
 
     Raises `UserError` on a relative folder.
     """
     if setting == "none" or (setting == "auto" and storage.uri.startswith("file:")):
         return fetch_verified
-    folder = default_folder() if setting == "auto" else Path(setting).expanduser()
-    if not folder.is_absolute():
+    try:
+        folder = Path(tempfile.gettempdir()) if setting == "auto" else Path(setting).expanduser()
+    except RuntimeError:  # no such user
+        folder = Path(setting)
+    if not folder.is_absolute() or "\0" in setting:
         raise UserError(f"data.disk_cache: must be auto, none or an absolute folder, got {setting!r}")
     return DiskCache(folder, max_bytes, keep_free=_KEPT_FREE if setting == "auto" else 0.0)
 
 
 class DiskCache:
-    """A `Fetch` that keeps up to `max_bytes` of objects in `folder`, those used last; made when first needed.
+    """A `Fetch` that keeps up to `max_bytes` of objects in a folder of its own in `folder`, those used last; made
+    when first needed.
 
     `keep_free`: the share of the disk that stays free; less is kept where others fill it. Objects that are just
     being written come on top. For any number of threads and processes.
     """
 
     def __init__(self, folder: Path, max_bytes: int, keep_free: float = 0.0) -> None:
-        self._folder = folder
+        self._folder = folder / f"ddpm-cache-{os.getuid()}"
         self._max_bytes = max_bytes
         self._keep_free = keep_free
+        self._stuck: set[str] = set()
         self._warned = threading.Event()
 
     def __call__(self, storage: Storage, key: str, expected_sha256: str) -> bytes:
@@ -79,7 +90,6 @@ class DiskCache:
                 held.enter_context(self._lock(f"{int(expected_sha256[:3], 16) >> 2:03x}"))
             except OSError as error:
                 self._warn(error)
-                return fetch_verified(storage, key, expected_sha256)
             # whoever held the lock may have fetched it
             data = self._found(path, expected_sha256)
             if data is None:
@@ -97,16 +107,20 @@ class DiskCache:
             return None
         if sha256(data) != expected:
             log.warning("%s: is damaged; fetching it again", path)
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(error)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
         return data
 
     def _keep(self, path: Path, data: bytes) -> None:
-        if len(data) > self._max_bytes:
-            return
         try:
+            # what can't be put in its place must not drop what is there
+            if len(data) > self._max_bytes or path.is_dir():
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             if not self._disk_has_room(len(data)):
                 return
@@ -144,19 +158,24 @@ class DiskCache:
     def _kept(self) -> list[tuple[int, int, Path]]:
         """(time of its last use, size, path) of each object, those used longest ago first."""
         kept = []
-        for file in self._folder.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):
-                if file.parent.name != ".locks":
-                    kept.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        for file in self._folder.glob("??/*"):
+            with contextlib.suppress(OSError):
+                found = file.lstat()
+                named = _OBJECT_NAME.fullmatch(file.name) and file.name.startswith(file.parent.name)
+                if named and stat.S_ISREG(found.st_mode):
+                    kept.append((found.st_mtime_ns, found.st_size, file))
         return sorted(kept)
 
     def _evict(self, kept: list[tuple[int, int, Path]], num_bytes: int) -> None:
-        """Delete the first of these until they were so many bytes."""
+        """Delete the first of these until they were so many bytes; `OSError` where they can't be deleted."""
         for _, size, file in kept:
             if num_bytes <= 0:
-                break
-            file.unlink(missing_ok=True)
-            num_bytes -= size
+                return
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+                num_bytes -= size
+        if num_bytes > 0:
+            raise OSError(errno.ENOSPC, "what it holds can't be deleted")
 
     def _make_room(self, num_bytes: int) -> None:
         """Delete what was used longest ago until so many bytes more fit, and what killed processes left."""
@@ -164,19 +183,37 @@ class DiskCache:
         self._evict(kept, num_bytes + sum(size for _, size, _ in kept) - self._max_bytes)
         for file in self._folder.glob(f"{_NEW}*"):
             # one that is locked is being written; one that was just made is locked in a moment
-            with contextlib.suppress(OSError), file.open("rb") as left:
-                if left.seek(0, os.SEEK_END) == 0:
+            with contextlib.suppress(OSError):
+                if not (_NEW_NAME.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode)):
                     continue
-                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                log.info("removing %s, which a killed process left", file)
-                file.unlink(missing_ok=True)
+                with file.open("rb") as left:
+                    if left.seek(0, os.SEEK_END) == 0:
+                        continue
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    log.info("removing %s, which a killed process left", file)
+                    file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
+        """Raises `OSError` where the lock can't be had, be it that somebody holds it for too long."""
         locks = self._folder / ".locks"
         locks.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (locks / name).open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            # what was waited for in vain once is not waited for again
+            patience = 0.0 if name in self._stuck else LOCK_WAIT_S
+            until = time.monotonic() + patience
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        self._stuck.add(name)
+                        raise TimeoutError(
+                            f".locks/{name} has been held for {LOCK_WAIT_S:g} s, perhaps by a stopped process"
+                        ) from None
+                time.sleep(_POLL_S)
+            self._stuck.discard(name)
             yield
 
     def _warn(self, error: OSError) -> None:

@@ -87,7 +87,7 @@ def claim(storage: Storage, options: Mapping[str, Any], state: str = "", *, take
         claimed = dict(json.loads(taken))
         _check_same(storage, {name: claimed[name] for name in claimed if name != _STATE}, options)
         _check_state(storage, claimed, state, "delete all that lies there, to begin anew")
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(
             f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"
         ) from None

@@ -61,7 +61,7 @@ def read_record(
     except (ValueError, RecursionError):  # RecursionError: brackets by the thousand
         raise error(f"{where}: is not JSON; the object is damaged") from None
     found = values.get("format_version") if isinstance(values, dict) else None
-    if found != version:
+    if type(found) is not int or found != version:
         raise error(f"{where}: has format version {found}, this program reads {version}")
     try:
         return model.model_validate(values)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import google_crc32c
 import numpy as np
@@ -36,6 +36,9 @@ _RANGED_ROWS = 32
 _INDEX_ROW_BYTES = 64
 # a tar of which the images are less than this share is kept as its images alone
 _DENSE = 0.5
+
+# servers that turned out to give no parts of objects; each is asked, and told of, once a process
+_without_ranges: set[str] = set()
 
 # (storage, key, SHA-256) -> bytes that have this hash
 Fetch = Callable[[Storage, str, str], bytes]
@@ -143,7 +146,7 @@ class ShardReader:
         self._shards = dataset.shards(split)
         self._fetch = fetch
         self._cache_bytes = cache_bytes
-        self._ranged_above: float = cache_bytes if ranged_above is None else ranged_above
+        self._ranged_above = cache_bytes if ranged_above is None else ranged_above
         self._loaded: WeightedLRU[int, _LoadedShard | RangedShard] = WeightedLRU(cache_bytes, max_shards)
         self._under_way: dict[int, Future[_LoadedShard | RangedShard]] = {}
         # threads start with the first task
@@ -205,8 +208,10 @@ class ShardReader:
             with self._advising():
                 images = held.read(different, self._rangers)
         except NoRanges as error:
-            log.warning("%s; shards are fetched whole, whatever data.cache_bytes says", one_line(error))
-            self._ranged_above = math.inf
+            server = _server(self._dataset.uri_of(self._shards[shard]))
+            if server not in _without_ranges:
+                log.warning("%s; shards are fetched whole, whatever data.cache_bytes says", one_line(error))
+                _without_ranges.add(server)
             self._loaded.drop(shard)
             return self._at_hand(shard, rows)
         return _end_to_end(images, held.index.part(different)), at
@@ -247,7 +252,10 @@ class ShardReader:
             self._under_way[shard] = self._fetchers.submit(self._load, self._shards[shard])
 
     def _by_ranges(self, shard: Shard) -> bool:
-        return shard.num_bytes > self._ranged_above
+        return (
+            shard.num_bytes > self._ranged_above
+            and _server(self._dataset.uri_of(shard)) not in _without_ranges
+        )
 
     def _expected_bytes(self, shard: Shard) -> int:
         return shard.count * _INDEX_ROW_BYTES if self._by_ranges(shard) else shard.num_bytes
@@ -294,6 +302,11 @@ class ShardReader:
         view = memoryview(tar)
         spans = zip(index.offset.tolist(), index.length.tolist(), strict=True)
         return _end_to_end((view[offset : offset + length] for offset, length in spans), index)
+
+
+def _server(uri: str) -> str:
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _end_to_end(images: Iterable[bytes | memoryview], index: ShardIndex) -> _LoadedShard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -182,17 +183,20 @@ def parse_index(data: bytes) -> ShardIndex:
         name: table.column(name).to_numpy().astype(np.int64)
         for name in ("offset", "length", "label", "crc32c")
     }
-    try:
-        num_bytes, tar_sha256 = int(metadata[_TAR_BYTES_KEY]), metadata[_TAR_SHA256_KEY].decode("ascii")
-    except (KeyError, ValueError):
-        raise ValueError("a shard index that does not say the size and SHA-256 of its tar") from None
+    digest, stated = (
+        metadata.get(key, b"").decode("ascii", "replace") for key in (_TAR_SHA256_KEY, _TAR_BYTES_KEY)
+    )
+    if not (re.fullmatch("[0-9a-f]{64}", digest) and re.fullmatch("[0-9]{1,18}", stated)):
+        raise ValueError("a shard index that does not say of which tar")
+    num_bytes = int(stated)
     offset, length = columns["offset"], columns["length"]
-    if len(table) and ((offset < 0).any() or (length < 0).any() or (offset + length > num_bytes).any()):
+    # not their sum, which may overflow
+    if ((offset < 0) | (length < 0) | (length > num_bytes - np.maximum(offset, 0))).any():
         raise ValueError("a shard index that points outside its tar")
     return ShardIndex(
         key=table.column("key"),
         tar_num_bytes=num_bytes,
-        tar_sha256=tar_sha256,
+        tar_sha256=digest,
         **columns,
     )
 
@@ -204,6 +208,7 @@ def read_parquet(data: bytes, schema: pa.Schema) -> pa.Table:
     try:
         # on Arrow's threads, now and then the interpreter's exit aborts (apache/arrow issue 34314)
         table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"not a readable Parquet file ({' '.join(str(error).split())[:120]})") from None
     if not table.schema.equals(schema, check_metadata=False):

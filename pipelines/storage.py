@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from pipelines import aside
 from pipelines.errors import UserError, one_line
 
 
@@ -142,7 +142,6 @@ def checked_key(key: str) -> str:
     return key
 
 
-_ATTEMPTS = 5
 # a folder, or something below a file, is no object
 _NO_OBJECT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -192,51 +191,30 @@ class FileStorage:
         return data
 
     def put(self, key: str, data: bytes) -> None:
+        path = self._path(key)
         try:
-            written = self._write_aside(key, data)
-            try:
-                written.replace(self._path(key))
-            except BaseException:
-                written.unlink()
-                raise
+            self._note_missing_folders()
+            with aside.written(path.parent, data) as written:
+                written.replace(path)
         except OSError as error:
             raise self._error(key, error) from None
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
         try:
-            written = self._write_aside(key, data)
-            try:
-                os.link(written, self._path(key))
-            except FileExistsError:
-                return False
-            finally:
-                written.unlink()
+            self._note_missing_folders()
+            with aside.written(path.parent, data) as written:
+                try:
+                    os.link(written, path)
+                except FileExistsError:
+                    return False
         except OSError as error:
             raise self._error(key, error) from None
         return True
 
-    def _write_aside(self, key: str, data: bytes) -> Path:
-        path = self._path(key)
+    def _note_missing_folders(self) -> None:
         if not self._root.exists():
             self._made |= {folder for folder in (self._root, *self._root.parents) if not folder.exists()}
-        for attempt in range(_ATTEMPTS):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-                break
-            except FileNotFoundError:  # somebody's `delete` took it for a folder that is not needed
-                if attempt == _ATTEMPTS - 1:
-                    raise
-        aside = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        return aside
 
     def exists(self, key: str) -> bool:
         try:
@@ -258,7 +236,7 @@ class FileStorage:
             for name in names:
                 path = Path(where) / name
                 key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix) and not name.startswith(".tmp-"):
+                if key.startswith(prefix) and not name.startswith(aside.PREFIX):
                     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                         status = path.stat()
                         found.append(ObjectInfo(key, status.st_size, str(status.st_mtime_ns)))

@@ -92,7 +92,7 @@ class HttpStorage:
         def accept(response: urllib3.BaseHTTPResponse) -> bytes:
             if response.status != 200:
                 raise TryAgain(f"the server answered {response.status} to a request for the whole")
-            return _body(response, _stated_length(response))
+            return _body(response, _stated_length(response, f"{self._uri}/{key}"))
 
         return self._ask("GET", key, {}, accept)
 
@@ -218,7 +218,7 @@ def _check_status(response: urllib3.BaseHTTPResponse, what: str) -> None:
         raise StorageError(f"{what}: the server sends it as {encoding!r}, which was not asked for")
 
 
-def _stated_length(response: urllib3.BaseHTTPResponse) -> int | None:
+def _stated_length(response: urllib3.BaseHTTPResponse, what: str) -> int | None:
     """None where the body tells its own end, chunk by chunk."""
     length = response.headers.get("Content-Length", "")
     if length.isdecimal():
@@ -226,8 +226,7 @@ def _stated_length(response: urllib3.BaseHTTPResponse) -> int | None:
     if "chunked" in response.headers.get("Transfer-Encoding", "").lower():
         return None
     raise StorageError(
-        f"{without_password(response.url or 'the object')}: the server does not say how long it is, so a cut "
-        "could not be told from its end"
+        f"{what}: the server does not say how long it is, so a cut could not be told from its end"
     )
 
 

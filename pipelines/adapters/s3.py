@@ -30,7 +30,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from pipelines.errors import UserError, one_line, without_password
+from pipelines.errors import UserError, one_line, printable, without_password
 from pipelines.retries import TryAgain, insist, read_steadily
 from pipelines.storage import (
     NoRanges,
@@ -156,6 +156,7 @@ class S3Storage:
             IncompleteReadError,
             ResponseParserError,
             OSError,
+            ValueError,  # botocore's, where it reads a length, a time or a number that is none
         ) as error:
             raise TryAgain(f"{where}: {one_line(error)}") from None
         except BotoCoreError as error:
@@ -186,11 +187,12 @@ class S3Storage:
         return StorageError(f"{what}: {where} refused: {said}")
 
     def get(self, key: str) -> bytes:
+        uri = f"{self.uri}/{key}"
         doubted: list[bytes] = []
 
         def attempt(s3: Any) -> bytes:
             response = s3.get_object(Bucket=self._bucket, Key=self._key(key))
-            data = _body(response, response["ContentLength"])
+            data = _body(response, _stated_length(response, uri))
             # the same bytes a second time: then this server's ETag is no MD5
             small = len(data) <= ETAG_CHECK_MAX_BYTES
             if small and _contradicts_etag(response, data) and data not in doubted:
@@ -198,7 +200,7 @@ class S3Storage:
                 raise TryAgain("was altered on its way: its bytes are not those of its ETag")
             return data
 
-        return self._call(f"{self.uri}/{key}", attempt)
+        return self._call(uri, attempt)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         if length == 0:
@@ -280,8 +282,9 @@ class S3Storage:
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         base = f"{self._prefix}/" if self._prefix else ""
-
+        what = f"{self.uri}/{prefix}"
         found = []
+        seen: set[str] = set()
         more: dict[str, str] = {}
         while True:
 
@@ -289,13 +292,24 @@ class S3Storage:
                 return s3.list_objects_v2(Bucket=self._bucket, Prefix=base + prefix, **more)
 
             # a budget for each page, so that a long listing fares as well as a short one
-            answer = self._call(f"{self.uri}/{prefix}", page)
+            answer = self._call(what, page)
             for entry in answer.get("Contents", []):
-                key, etag = entry["Key"][len(base) :], entry.get("ETag", "").strip('"')
-                found.append(ObjectInfo(key, entry["Size"], etag))
+                name, num_bytes = entry.get("Key", ""), entry.get("Size", -1)
+                if not name.startswith(base + prefix) or num_bytes < 0:
+                    raise StorageError(
+                        f"{what}: the server lists what was not asked for: {printable(name)!r}"
+                    )
+                etag = entry.get("ETag", "").strip('"')
+                found.append(ObjectInfo(name[len(base) :], num_bytes, etag))
             if not answer.get("IsTruncated"):
                 return sorted(found, key=lambda info: info.key)
-            more = {"ContinuationToken": answer["NextContinuationToken"]}
+            token = answer.get("NextContinuationToken", "")
+            if not token or token in seen:
+                raise StorageError(
+                    f"{what}: the server cut the list off and does not say how to go on ({len(found)} objects came)"
+                )
+            seen.add(token)
+            more = {"ContinuationToken": token}
 
     def delete(self, keys: Iterable[str]) -> None:
         doomed = [{"Key": self._key(key)} for key in keys]
@@ -305,11 +319,22 @@ class S3Storage:
             def remove(s3: Any, batch: dict[str, Any] = batch) -> None:
                 answer = s3.delete_objects(Bucket=self._bucket, Delete=batch)
                 for failure in answer.get("Errors", []):
+                    name, code = failure.get("Key", "?"), failure.get("Code", "for no reason given")
                     raise StorageError(
-                        f"s3://{self._bucket}/{failure['Key']}: not deleted: {failure['Code']}"
+                        f"s3://{self._bucket}/{printable(name)}: not deleted: {printable(code)}"
                     )
 
             self._call(self.uri, remove)
+
+
+def _stated_length(response: Any, uri: str) -> int:
+    length = response.get("ContentLength")
+    if length is None:
+        response["Body"].close()
+        raise StorageError(
+            f"{uri}: the server does not say how long it is, so a cut could not be told from its end"
+        )
+    return int(length)
 
 
 def _body(response: Any, expected: int) -> bytes:
@@ -331,7 +356,8 @@ def _check_stored(s3: Any, place: dict[str, str], data: bytes, answer: Any) -> N
     """`TryAgain` unless the object there is `data`: by the ETag in `answer`, or if that differs by reading it."""
     if _contradicts_etag(answer, data):
         response = s3.get_object(**place)
-        if _body(response, response["ContentLength"]) != data:
+        uri = f"s3://{place['Bucket']}/{place['Key']}"
+        if _body(response, _stated_length(response, uri)) != data:
             raise TryAgain("was altered on its way to the server")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines.dataset import DataError, Dataset, shards_from_parquet, shards_to_parquet
+from pipelines.shards import sha256
 from tests.support.data import dataset_of
 
 
@@ -52,7 +53,7 @@ def test_where_there_is_none_the_way_to_make_one_is_told(tmp_path: Path) -> None
     assert "ddpm prepare" in line
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0])
 def test_an_unknown_version_is_refused_with_both_named(prefix: Path, version: Any) -> None:
     edit(prefix, lambda record: record.update(version=version))
     line = refusal(prefix)
@@ -60,7 +61,14 @@ def test_an_unknown_version_is_refused_with_both_named(prefix: Path, version: An
     assert "reads version 1" in line
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "another"}', '{"version": 1}', "\xff"])
+DEEP = '{"format": "ddpm-dataset", "version": 1, "preparation": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"format": "another"}', '{"version": 1}', "\xff", "[" * 100_000, DEEP],
+    ids=range(9),
+)
 def test_what_is_no_record_is_refused(prefix: Path, text: str) -> None:
     (prefix / "dataset.json").write_bytes(text.encode("latin-1"))
     assert "dataset.json: is not the record of a data set" in refusal(prefix)
@@ -77,6 +85,67 @@ def test_a_record_with_impossible_values_is_refused(prefix: Path) -> None:
     assert "levels: must be 2..256, got 1" in refusal(prefix)
     edit(prefix, lambda record: record.update(levels=256, shape=[8, 8]))
     assert "is damaged" in refusal(prefix)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" * 5000])
+@pytest.mark.parametrize("field", ["levels", "name", "anything"])
+def test_numbers_that_are_none_are_refused(prefix: Path, field: str, number: str) -> None:
+    edit(prefix, lambda record: record.update({field: "here"}))
+    text = (prefix / "dataset.json").read_text().replace('"here"', number)
+    (prefix / "dataset.json").write_text(text)
+    assert f"{prefix.as_uri()}/dataset.json: is not the record of a data set" in refusal(prefix)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shape", [3, -8, 8]),
+        ("shape", [3, 0, 8]),
+        ("shape", [3, 8.9, 8]),
+        ("shape", [3, 8.0, 8]),
+        ("shape", [True, 8, 8]),
+        ("shape", [2, 8, 8]),
+        ("shape", [3, 10**6, 10**6]),
+        ("shape", [1, 8, 8, 8]),
+        ("shape", "188"),
+        ("levels", 256.0),
+        ("levels", True),
+        ("levels", "256"),
+        ("levels", 10**300),
+        ("classes", "abc"),
+        ("classes", [1, 2]),
+        ("classes", {"a": 1}),
+        ("name", None),
+        ("name", 7),
+        ("splits", []),
+        ("splits", {"train": 7}),
+        ("splits", {"train": {"count": None}}),
+        ("splits", {"train": {"count": 7.0}}),
+        ("splits", {"train": {"count": -7}}),
+        ("splits", {"train\n" * 1000: {"count": -7}}),
+        ("shards_sha256", 0),
+        ("shards_sha256", "a\nb" * 20),
+        ("preparation", []),
+    ],
+)
+def test_a_field_that_is_not_what_it_must_be_is_named(prefix: Path, field: str, value: Any) -> None:
+    edit(prefix, lambda record: record.update({field: value}))
+    line = refusal(prefix)
+    assert line.startswith(f"{prefix.as_uri()}/dataset.json: is damaged (field {field}")
+    assert len(line) < len(str(prefix)) + 250
+
+
+@pytest.mark.parametrize("field", ["count", "num_bytes"])
+def test_a_shard_of_less_than_nothing_is_refused(prefix: Path, field: str) -> None:
+    dataset = Dataset.load(str(prefix))
+    first, second = dataset.splits["train"]
+    for shard, number in ((first, 1004), (second, -997)):
+        object.__setattr__(shard, field, number)
+    listing = shards_to_parquet([first, second, *dataset.splits["test"]])
+    (prefix / "shards.parquet").write_bytes(listing)
+    edit(prefix, lambda record: record.update(shards_sha256=sha256(listing)))
+    edit(prefix, lambda record: record["splits"]["train"].update(count=7))
+    assert f"{prefix.as_uri()}/shards.parquet: a shard of " in refusal(prefix)
 
 
 def test_the_list_of_shards_must_be_the_one_the_record_names(prefix: Path, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +21,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from pipelines import disk_cache
 from pipelines.config import load_config
 from pipelines.dataset import DataError
-from pipelines.disk_cache import DiskCache, default_folder, fetch_through
+from pipelines.disk_cache import DiskCache, fetch_through
 from pipelines.errors import UserError
 from pipelines.shard_reader import fetch_verified
 from pipelines.shards import sha256
@@ -42,8 +45,9 @@ class Place:
             data = bytes([number]) * 100
             self.storage.put(str(number), data)
             self.hashes.append(sha256(data))
-        self.folder = folder / "cache"
-        self.cache = DiskCache(self.folder, max_bytes)
+        self.given = folder / "cache"
+        self.folder = self.given / f"ddpm-cache-{os.getuid()}"
+        self.cache = DiskCache(self.given, max_bytes)
 
     def get(self, number: int) -> None:
         assert self.cache(self.storage, str(number), self.hashes[number]) == bytes([number]) * 100
@@ -59,7 +63,7 @@ def test_what_was_fetched_once_is_not_fetched_again_also_by_another_process(tmp_
     place = Place(tmp_path)
     for number in (1, 2, 1):
         place.get(number)
-    place.cache = DiskCache(place.folder, MANY)
+    place.cache = DiskCache(place.given, MANY)
     place.get(2)
     assert place.storage.gets == {"1": 1, "2": 1}
 
@@ -91,7 +95,7 @@ def test_a_share_of_the_disk_stays_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = Place(tmp_path)
-    place.cache = DiskCache(place.folder, MANY, keep_free=0.1)
+    place.cache = DiskCache(place.given, MANY, keep_free=0.1)
     disk(monkeypatch, place, total=2000, others=1500)  # 300 are ours
     for age, number in enumerate((0, 1, 2)):
         place.get(number)
@@ -122,8 +126,8 @@ def test_only_a_folder_that_nobody_chose_leaves_a_share_free(
     for setting, kept in (("auto", 0), (str(tmp_path / "chosen"), 1)):
         fetch = fetch_through(setting, MANY, s3)
         fetch(place.storage, "1", place.hashes[1])
-        folder = default_folder() if setting == "auto" else tmp_path / "chosen"
-        assert len(list(folder.glob("??/*"))) == kept
+        folder = tmp_path / ("temporary" if setting == "auto" else "chosen")
+        assert len(list(folder.glob("*/??/*"))) == kept
 
 
 def num_bytes(quantity: str) -> int:
@@ -176,15 +180,15 @@ def test_a_damaged_file_is_fetched_again(
 def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.get(0)
-    left = place.folder / ".new-left"
+    left = place.folder / ".new-left_42x"
     left.write_bytes(b"half")
-    with (place.folder / ".new-living").open("wb") as living:
+    with (place.folder / ".new-living_4").open("wb") as living:
         living.write(b"half")
         living.flush()
         fcntl.flock(living, fcntl.LOCK_EX)
         place.get(1)
     assert not left.exists()
-    assert (place.folder / ".new-living").exists()
+    assert (place.folder / ".new-living_4").exists()
 
 
 @pytest.mark.parametrize("what", ["write", "lock", "read"])
@@ -199,7 +203,7 @@ def test_a_full_or_broken_disk_costs_one_warning_and_nothing_else(
     if what == "write":
         monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     elif what == "lock":
-        place.folder.write_bytes(b"a file where the folder should be")
+        place.given.write_bytes(b"a file where the folder should be")
     else:
         monkeypatch.setattr(Path, "read_bytes", full)
         place.storage.inner = _Memory({"1": b"\1" * 100, "2": b"\2" * 100})  # type: ignore[assignment]
@@ -248,6 +252,160 @@ def test_threads_of_a_process_fetch_an_object_once(tmp_path: Path) -> None:
     assert place.storage.gets == {"0": 1, "1": 1, "2": 1}
 
 
+def test_nothing_but_its_own_files_is_counted_or_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path, max_bytes=250)
+    object_name = place.hashes[9]
+    theirs = [
+        place.given / "thesis/chapter1.tex",
+        place.given / object_name[:2] / object_name,
+        place.given / ".new-thesis01",
+        # also in the cache's own folder, where nobody should put anything
+        place.folder / "ab/chapter1.tex",
+        place.folder / "thesis" / object_name,
+        place.folder / object_name[:2] / f"{object_name}.txt",
+        place.folder / f"{'00' if object_name[:2] != '00' else '01'}" / object_name,
+        place.folder / ".new-thesis",
+    ]
+    for file in theirs:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 5000)
+        os.utime(file, (1, 1))
+    for number in range(5):
+        place.get(number)
+    assert all(file.read_bytes() == b"x" * 5000 for file in theirs)
+    assert len(place.kept()) == 2
+    assert caplog.text == ""
+
+
+def test_a_folder_or_a_link_in_the_way_does_not_stop_caching(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path, max_bytes=250)
+    (place.folder / "ab/folder").mkdir(parents=True)
+    place.file(0).mkdir(parents=True)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"x" * 5000)
+    linked = place.folder / "ab" / f"ab{'0' * 62}"
+    linked.symlink_to(precious)
+    for number in (1, 2, 3, 0):
+        place.get(number)
+    assert place.kept() == {0, 2, 3}
+    assert place.file(0).is_dir()
+    assert linked.is_symlink()
+    assert precious.stat().st_size == 5000
+
+
+@pytest.mark.parametrize("what", ["damaged", "old"])
+def test_a_file_that_cannot_be_deleted_is_no_reason_to_fail(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path, max_bytes=250)
+    place.get(1)
+    place.get(2)
+    kept = place.file(1)
+    os.utime(kept, (1, 1))
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == kept:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    if what == "damaged":
+        kept.write_bytes(b"damaged")
+        place.get(1)
+        assert "Permission denied" in caplog.text
+    else:
+        # the bound holds all the same: the next oldest goes
+        place.get(3)
+        assert place.kept() == {1, 3}
+
+
+# holds the lock of one object, or that of making room, and says so
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipelines.disk_cache import DiskCache
+with DiskCache(Path(sys.argv[1]), 2**30)._lock(sys.argv[2]):
+    print("holds it", flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("lock", ["fetch", "evict"])
+def test_a_stopped_process_is_not_waited_for_without_end(
+    tmp_path: Path, lock: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(disk_cache, "LOCK_WAIT_S", 0.2)
+    place = Place(tmp_path)
+    name = f"{int(place.hashes[1][:3], 16) >> 2:03x}" if lock == "fetch" else "evict"
+    command = [sys.executable, "-c", HOLDER, str(place.given), name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds it\n"
+        holder.send_signal(signal.SIGSTOP)
+        try:
+            got: list[int] = []
+
+            def get_all() -> None:
+                for number in (1, 2, 1):
+                    place.get(number)
+                    got.append(number)
+                    # nor waited for once more
+                    monkeypatch.setattr(disk_cache, "LOCK_WAIT_S", 1000.0)
+
+            worker = threading.Thread(target=get_all, daemon=True)
+            worker.start()
+            worker.join(60)
+            assert got == [1, 2, 1]
+        finally:
+            holder.kill()
+    assert caplog.text.count("perhaps by a stopped process; going on without it") == 1
+    assert place.kept() == ({1, 2} if lock == "fetch" else set())
+    assert not list(place.folder.glob(".new-*"))
+    # it is dead now, and its lock free
+    place.get(3)
+    assert 3 in place.kept()
+
+
+def test_room_is_made_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path, max_bytes=300)
+    making = threading.Lock()
+    overlaps = []
+    make_room = DiskCache._make_room
+
+    def watched(self: DiskCache, num_bytes: int) -> None:
+        if not making.acquire(blocking=False):
+            overlaps.append(num_bytes)
+            return
+        try:
+            make_room(self, num_bytes)
+            # whoever else wants to make room comes meanwhile
+            time.sleep(0.02)
+        finally:
+            making.release()
+
+    monkeypatch.setattr(DiskCache, "_make_room", watched)
+    start = threading.Barrier(10)
+
+    def get(number: int) -> None:
+        start.wait()
+        # as another process would: with nothing in common but the folder
+        cache = DiskCache(place.given, 300)
+        assert cache(place.storage, str(number), place.hashes[number]) == bytes([number]) * 100
+
+    threads = [threading.Thread(target=get, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert overlaps == []
+    assert len(place.kept()) == 3
+
+
 READER = """
 import sys
 from pathlib import Path
@@ -291,9 +449,11 @@ def test_where_the_cache_is(tmp_path: Path) -> None:
     assert fetch_through("none", MANY, remote) is fetch_verified
     chosen = fetch_through("auto", MANY, remote)
     assert isinstance(chosen, DiskCache)
-    assert chosen._folder == default_folder()
+    assert chosen._folder == Path(tempfile.gettempdir()) / f"ddpm-cache-{os.getuid()}"
     assert isinstance(fetch_through(str(tmp_path), MANY, local), DiskCache)
-    with pytest.raises(
-        UserError, match=r"data\.disk_cache: must be auto, none or an absolute folder, got 'here'"
-    ):
-        fetch_through("here", MANY, remote)
+    for wrong in ("here", "~nobody-of-this-name/here", "/a\0b"):
+        with pytest.raises(
+            UserError, match=r"data\.disk_cache: must be auto, none or an absolute folder, got"
+        ) as error:
+            fetch_through(wrong, MANY, remote)
+        assert repr(wrong) in str(error.value)

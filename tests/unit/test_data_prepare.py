@@ -22,6 +22,7 @@ from pipelines.dataset import Dataset
 from pipelines.decode import decode
 from pipelines.errors import UserError
 from pipelines.prepare import prepare
+from pipelines.prepare_commit import claim
 from pipelines.prepare_plan import plan_shards
 from pipelines.prepare_ray import PreparingStopped
 from pipelines.shards import Sample, pack, parse_index, sha256
@@ -521,3 +522,13 @@ def test_an_encoder_that_writes_no_grey_is_refused_before_anything_is_written(
     line = refusal(str(photos), str(tmp_path / "out"), png_encoder="fpng")
     assert line.startswith("prepare.png_encoder: must be pillow for grey images, got fpng")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "7", "[1]"], ids=range(4))
+def test_a_damaged_claim_is_named(tmp_path: Path, text: str) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.put("preparation.json", text.encode())
+    with pytest.raises(
+        UserError, match=r"/preparation\.json: is damaged: delete it, or choose another --out"
+    ):
+        claim(storage, {"seed": 1})

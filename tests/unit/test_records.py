@@ -132,3 +132,18 @@ def test_errors_are_the_callers_and_name_the_object(place: Storage) -> None:
         read_record(place, "note.json", Note, 1, OwnError)
     with pytest.raises(ObjectMissing):
         read_record(place, "none.json", Note, 1, OwnError)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "1" * 5000, "\xff"], ids=range(4))
+def test_what_is_no_json_is_named(place: Storage, text: str) -> None:
+    place.put("note.json", text.encode("latin-1"))
+    with pytest.raises(OwnError, match=r"/note\.json: is not JSON; the object is damaged"):
+        read_record(place, "note.json", Note, 1, OwnError)
+
+
+@pytest.mark.parametrize("version", ["true", "1.0", "2", "null", '"1"'])
+def test_a_version_that_is_not_the_number_is_refused(place: Storage, version: str) -> None:
+    part = '{"key": "a", "num_bytes": 1, "sha256": ""}'
+    place.put("note.json", f'{{"format_version": {version}, "part": {part}}}'.encode())
+    with pytest.raises(OwnError, match=r"has format version .*, this program reads 1"):
+        read_record(place, "note.json", Note, 1, OwnError)

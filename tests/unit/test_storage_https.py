@@ -201,6 +201,27 @@ def test_a_redirect_to_another_server_is_refused(web: tuple[HostileS3, Storage],
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_redirect_to_another_scheme_of_the_same_host_and_port_is_refused(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = None
+    if scheme == "https":
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(_certificate(tmp_path / "pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
+    https._pool.cache_clear()
+    server = HostileS3(lambda method, path, number: "302")
+    with server.running(tls) as address:
+        here, _, place = address.partition("://")
+        assert here == scheme
+        server.elsewhere = f"{'http' if tls else 'https'}://{place}"
+        message = one_line(lambda: open_storage(address).get("x"))
+        assert message.startswith(f"{address}/x: is redirected to {server.elsewhere}, and no other server")
+    assert len(server.requests) == 1
+    https._pool.cache_clear()
+
+
 def test_a_redirect_within_the_server_is_followed(web: tuple[HostileS3, Storage]) -> None:
     server, storage = web
     server.script = lambda method, path, number: "" if path.startswith("/moved") else "302"
