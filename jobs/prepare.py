@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             dataset = prepare(
                 arguments.source,
                 out,
+                channels=settings.channels,
                 samples_per_shard=settings.samples_per_shard,
                 png_encoder=settings.png_encoder,
                 labels=arguments.labels,

@@ -110,6 +110,8 @@ class PrepareConfig(Section):
 
     image_size: Positive | None = None
     """Height and width in pixels; none keeps the source's, which must then agree."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour; none takes 3 if any image has colour."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images that is held out, by keyed hash."""
     samples_per_shard: Positive = 1000

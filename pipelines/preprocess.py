@@ -74,7 +74,7 @@ class Preprocessing:
             return self._encoded(self._pixels(self._resized(self._converted(picture))))
         with _refusing(), _open(image) as picture:
             file_format = picture.format
-            upright = picture.getexif().get(EXIF_ORIENTATION, 1) == 1
+            upright = _upright(picture)
             plain = picture.mode == self._mode and "transparency" not in picture.info
             converted = self._converted(picture)
             resized = self._resized(converted)
@@ -135,7 +135,9 @@ def check_plain(data: bytes) -> None:
     may lie behind the pixels; of a JPEG only headers are read.
     """
     with _refusing(), _open(data, decode=False) as picture:
-        if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        if picture.format == "PNG":
+            picture.load()
+        if not _upright(picture):
             raise Refused("it is to be turned by its EXIF orientation")
         if "transparency" in picture.info:
             raise Refused("it has a transparent colour")
@@ -187,6 +189,14 @@ def _open(data: bytes, *, decode: bool = True) -> Image.Image:
                 copy.verify()
         picture.load()
     return picture
+
+
+def _upright(picture: Image.Image) -> bool:
+    """Whether the EXIF data leave the image as it is; `Refused` where they are broken and do not say."""
+    try:
+        return bool(picture.getexif().get(EXIF_ORIENTATION, 1) == 1)
+    except Exception as error:  # noqa: BLE001  Pillow raises what its TIFF reader meets
+        raise Refused(f"its EXIF data cannot be read ({one_line(error, 100)}): take them out") from None
 
 
 def _bits_per_channel(picture: Image.Image, data: bytes) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.dataset import Dataset, Shard
+from pipelines.duplicates import same_content
 from pipelines.errors import UserError
 from pipelines.shards import parse_index, sha256
 from pipelines.source_tar import LABEL_EXTENSION
@@ -47,6 +48,9 @@ def _duplicates(shards: list[Shard]) -> Iterator[Problem]:
             if key in seen:
                 yield Problem(key, None, "is listed twice in the data set's list of shards")
             seen.add(key)
+    for first, again in same_content((shard.key, shard.sha256) for shard in shards):
+        if first != again:
+            yield Problem(again, None, f"holds the same bytes as {first}: its samples count twice")
 
 
 def check_shard(dataset: Dataset, shard: Shard, deep: bool) -> Iterator[Problem]:

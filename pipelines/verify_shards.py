@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipelines.duplicates import twice
 from pipelines.errors import printable
 from pipelines.images import decode_image
 from pipelines.shards import ShardIndex, crc32c
@@ -55,6 +56,8 @@ def check_samples(
         return
     by_key = {sample.key: sample for sample in found}
     keys = index.key.to_pylist()
+    for key in twice(keys):
+        yield Problem(where, printable(key), "is in the index more than once")
     listed = set(keys)
     for sample in found:
         if sample.key not in listed:

@@ -313,3 +313,15 @@ def test_a_bit_flipped_anywhere_in_a_data_set_is_found(template: Path, tmp_path:
             assert path.name in said()
             path.write_bytes(whole)
     assert said() == ""
+
+
+def test_what_is_in_a_data_set_twice_is_named(tmp_path: Path) -> None:
+    samples = [Sample(f"k{number}", encode_png(image), 0) for number, image in enumerate(random_images(5))]
+    one, other = pack(samples[:2]), pack(samples[2:])
+    again = pack([*samples[2:], samples[2]])
+    wrong = put_dataset(tmp_path / "wrong", {"train": [one, again], "test": [one]}, (1, 8, 8))
+    told = [(problem.sample, problem.reason) for problem in verify(wrong).problems]
+    assert ("k2", "is in the index more than once") in told
+    assert [reason for _, reason in told if "holds the same bytes as train/shard-000000.tar" in reason]
+    whole = put_dataset(tmp_path / "whole", {"train": [one], "test": [other]}, (1, 8, 8))
+    assert not verify(whole).problems
