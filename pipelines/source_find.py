@@ -230,13 +230,13 @@ class Ranged(Protocol):
 
 
 def read_object(storage: Storage, key: str, name: str) -> bytes:
-    """An object of a source; `UserError` naming it where it can't be read."""
+    """An object of a source; `UserError` naming it where there is none, `StorageError` where it can't be read."""
     with _named(name):
         return storage.get(key)
 
 
 def read_range(storage: Ranged, key: str, name: str, start: int, length: int) -> bytes:
-    """A piece of an object of a source; `UserError` naming it where it can't be read."""
+    """A piece of an object of a source; errors as of `read_object`."""
     with _named(name):
         return storage.get_range(key, start, length)
 
@@ -248,4 +248,5 @@ def _named(name: str) -> Iterator[None]:
     except ObjectMissing:
         raise UserError(f"{name}: is missing, or can't be seen from where it was to be read") from None
     except StorageError as error:
-        raise UserError(f"{name}: {one_line(error)}") from None
+        # which stays what it is: Ray tries again, and what is prepared already stays
+        raise StorageError(f"{name}: {one_line(error)}") from None

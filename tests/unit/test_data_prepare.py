@@ -27,7 +27,7 @@ from pipelines.prepare_plan import plan_shards
 from pipelines.prepare_ray import PreparingStopped
 from pipelines.shards import Sample, pack, parse_index, sha256
 from pipelines.sources import Entry, open_source
-from pipelines.storage import Storage, StorageError, open_storage
+from pipelines.storage import FileStorage, Storage, StorageError, open_storage
 from pipelines.verify_dataset import verify_dataset
 from tests.support.data import WatchedStorage, image_bytes, random_images, write_image
 
@@ -388,6 +388,27 @@ def test_workers_that_stop_leave_what_is_written_to_the_next_call(photos: Path, 
     prepare(str(photos), str(out), shard_count=4, channels=3)
     prepare(str(photos), str(tmp_path / "undisturbed"), shard_count=4, channels=3)
     assert files(out) == files(tmp_path / "undisturbed")
+
+
+def test_a_source_that_fails_for_a_while_costs_nothing_that_is_written(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, read, reads = tmp_path / "out", FileStorage.get, 0
+
+    def failing(storage: FileStorage, key: str) -> bytes:
+        nonlocal reads
+        reads += key.endswith(".png")
+        if reads > 30:
+            raise StorageError("s3://bucket: does not answer")
+        return read(storage, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStorage, "get", failing)
+        # its own type, so that Ray tries it again
+        with pytest.raises(StorageError, match=r"\.png: s3://bucket: does not answer"):
+            prepare(str(photos), str(out), shard_count=4, channels=3)
+    assert (out / "train/shard-000000.index.parquet").exists()
+    assert prepare(str(photos), str(out), shard_count=4, channels=3).count("train") > 0
 
 
 def test_what_another_process_took_away_is_not_committed(
