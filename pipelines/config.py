@@ -251,8 +251,8 @@ class TuneConfig(Section):
     steps: Positive = 20_000
     """Training steps of a trial that is not stopped early."""
     eval_every: Positive = 2000
-    grace_steps: Positive = 4000
-    """No trial is stopped before this many steps."""
+    grace_steps: Positive | None = None
+    """No trial is stopped before this many steps; none takes a fifth of `steps`."""
     reduction_factor: Annotated[float, Field(gt=1)] = 3
     seed: int = 0
 

@@ -200,8 +200,9 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
             "my.yaml: tune.beta_start: must be a range [low, high] in (0, 1), got [0.5, 0.1]",
         ),
         (
-            "tune.steps=3999",
-            "my.yaml: tune.grace_steps: must be at most tune.steps 3999, got 4000; no trial could be stopped early",
+            "tune.grace_steps=20001",
+            "my.yaml: tune.grace_steps: must be at most tune.steps 20000, got 20001; "
+            "no trial could be stopped early",
         ),
         (
             "sampler.num_steps=51",
