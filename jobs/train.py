@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         import torch
 
         from pipelines.train import train
-        from pipelines.training import SingleWorker
+        from pipelines.world import SingleWorker
 
         claim(run)
         train(run, SingleWorker(torch.device("cuda" if torch.cuda.is_available() else "cpu")))

@@ -32,7 +32,7 @@ from ddpm_core.predictions import PredictionType
 from ddpm_core.samplers import SamplerConfig
 from ddpm_core.schedules import Schedule, ScheduleConfig
 from ddpm_core.unet import UNetConfig
-from pipelines.config import Network
+from pipelines.config_sections import Network
 from pipelines.errors import UserError, one_line
 
 Kind = Literal["ancestral", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde"]

@@ -45,7 +45,7 @@ from pipelines.sample_set import SampleSet
 from pipelines.sampling import load_model
 from pipelines.storage import ObjectMissing, Storage, open_storage
 from pipelines.tracking import History
-from pipelines.training import SingleWorker
+from pipelines.world import SingleWorker
 
 log = logging.getLogger(__name__)
 

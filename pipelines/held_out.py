@@ -25,7 +25,7 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.images import to_model
 from pipelines.reader import read_split
-from pipelines.training import World
+from pipelines.world import World
 
 _BATCH = 128
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ddpm_core.networks import build_network
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import Network
+from pipelines.config_sections import Network
 from pipelines.train import Run
 
 # float32

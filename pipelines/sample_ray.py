@@ -11,7 +11,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from pipelines.config import WorkersConfig
+from pipelines.config_sections import WorkersConfig
 from pipelines.errors import UserError, one_line
 from pipelines.sample_recipe import Recipe
 from pipelines.sampling import UnitMaker

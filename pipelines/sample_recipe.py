@@ -15,7 +15,8 @@ from ddpm_core.schedules import Schedule
 from ddpm_core.types import EpsTheta
 from pipelines.checkpoints import Checkpoint
 from pipelines.conditioning import conditioned, fitted
-from pipelines.config import Config, SampleConfig, digest
+from pipelines.config import Config, digest
+from pipelines.config_sections import SampleConfig
 from pipelines.errors import UserError
 from pipelines.telling import validated
 

@@ -36,7 +36,7 @@ from pipelines.dataset import DataError
 from pipelines.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from pipelines.config import StageConfig
+    from pipelines.config_sections import StageConfig
 
 Sample = dict[str, Any]
 

@@ -30,7 +30,8 @@ from pipelines.records import read_record
 from pipelines.stages import load_stages
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
-from pipelines.training import Learner, TrainingError, World, is_due, streams_of
+from pipelines.training import Learner, TrainingError, is_due
+from pipelines.world import World, streams_of
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ the sum over all samples divided by the global batch, so the number of workers d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,59 +25,17 @@ from ddpm_core.timesteps import LossMoments, draw_timesteps
 from pipelines.checkpoints import CheckpointError, State
 from pipelines.compiled import compile_training
 from pipelines.conditioning import network_labels
-from pipelines.config import Config, OptimizerConfig
+from pipelines.config import Config
+from pipelines.config_sections import OptimizerConfig
 from pipelines.errors import UserError
 from pipelines.precision import Autocast
+from pipelines.world import World
 
 
 class TrainingError(UserError):
     """Training can't go on from here, and doing the same again would end the same."""
 
     exit_code = 1
-
-
-class World(Protocol):
-    """The workers of a run, as seen by one of them."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Sum over the workers, in place, the same bits on each."""
-        ...
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value, on every worker."""
-        ...
-
-    def report(self, metrics: dict[str, float | str]) -> None:
-        """Tell the driver; every worker calls it at the same steps."""
-        ...
-
-
-@dataclass
-class SingleWorker:
-    """A run in this process alone."""
-
-    device: torch.device
-    on_report: Callable[[dict[str, float | str]], None] = lambda metrics: None
-    rank: int = 0
-    size: int = 1
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        pass
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def report(self, metrics: dict[str, float | str]) -> None:
-        self.on_report(metrics)
 
 
 class Samples(Protocol):
@@ -399,11 +357,6 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     if config.warmup_steps == 0:
         return config.learning_rate
     return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
-
-
-def streams_of(rank: int, world_size: int, num_streams: int) -> list[int]:
-    """The micro-batches that a worker takes: a consecutive piece, so that a node needs few shards."""
-    return list(range(rank * num_streams // world_size, (rank + 1) * num_streams // world_size))
 
 
 def is_due(step: int, every: int, last: int) -> bool:

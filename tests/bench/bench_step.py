@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.config import Config, load_config
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.bench.timing import Quartiles, in_turns
 
 

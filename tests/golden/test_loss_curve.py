@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.runs import made_up_batches, tiny_config
 
 LOSSES = [

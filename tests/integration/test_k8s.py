@@ -19,7 +19,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from jobs.cli import command_parser
-from pipelines.config import Config, WorkersConfig, load_config
+from pipelines.config import Config, load_config
+from pipelines.config_sections import WorkersConfig
 from pipelines.errors import UserError
 from tests.support import k8s
 

@@ -16,7 +16,7 @@ from pipelines.config import load_config
 from pipelines.stages import load_stages
 from pipelines.tracking import History
 from pipelines.train import Run, claim, open_run, train
-from pipelines.training import SingleWorker
+from pipelines.world import SingleWorker
 from tests.support.jobs import TINY, one_line_mistake, succeeded
 
 ROOT = Path(__file__).resolve().parents[2]

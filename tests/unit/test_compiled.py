@@ -12,7 +12,8 @@ from torch import nn
 from ddpm_core import build_network
 from pipelines.compiled import compile_frozen, compile_training
 from pipelines.errors import UserError
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.runs import made_up_batches, tiny_config
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from pipelines.images import encode_png, to_model
 from pipelines.order import Order
 from pipelines.reader import MicroBatch, StreamBatches
 from pipelines.shards import Sample, pack
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.data import put_dataset, random_images
 from tests.support.runs import tiny_config
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from ddpm_core import rng
 from jobs.submission import stage
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import Config, StageConfig, parse_config
+from pipelines.config import Config, parse_config
+from pipelines.config_sections import StageConfig
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.images import encode_png
@@ -31,7 +32,7 @@ from pipelines.shards import pack
 from pipelines.stages import LoadedStage, Sample, StageError, Stages, code_of, load_stages
 from pipelines.tracking import History
 from pipelines.train import claim, open_run, train
-from pipelines.training import SingleWorker
+from pipelines.world import SingleWorker
 from tests.support.data import dataset_of, put_dataset, random_images
 from tests.support.jobs import one_line_mistake, succeeded
 from tests.support.runs import TINY, tiny_config

@@ -41,7 +41,8 @@ from pipelines.sample_set import SampleSet, sample_set
 from pipelines.shards import Sample, pack
 from pipelines.storage import open_storage
 from pipelines.tracking import History, Row
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.data import packed, put_dataset, random_images
 from tests.support.runs import made_up_batches, tiny_config
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ddpm_core.samplers import SamplerConfig
 from pipelines import sample_set as sets
 from pipelines.checkpoints import Checkpoint, CheckpointError, Checkpoints
-from pipelines.config import Config, SampleConfig
+from pipelines.config import Config
+from pipelines.config_sections import SampleConfig
 from pipelines.errors import UserError
 from pipelines.images import to_uint8
 from pipelines.sample_recipe import Recipe, checkpoint_config, num_units, pending_units, recipe_of, unit_range
@@ -27,7 +28,8 @@ from pipelines.sample_set import SampleSet, SampleSetError, Survey, sample_set
 from pipelines.sampling import UnitMaker, load_model, make_images
 from pipelines.shards import parse_index
 from pipelines.storage import Storage, StorageError, open_storage
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.data import WatchedStorage
 from tests.support.runs import made_up_batches, tiny_config
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ddpm_core import rng
 from ddpm_core.unet import UNetConfig
 from pipelines.checkpoints import CheckpointError, Checkpoints, State
-from pipelines.config import Config, OptimizerConfig, load_config
+from pipelines.config import Config, load_config
+from pipelines.config_sections import OptimizerConfig
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.held_out import held_out_bound
@@ -27,16 +28,8 @@ from pipelines.reader import StreamBatches
 from pipelines.storage import open_storage
 from pipelines.tracking import History
 from pipelines.train import Run, claim, open_run, train
-from pipelines.training import (
-    Learner,
-    SingleWorker,
-    StepResult,
-    TrainingError,
-    World,
-    is_due,
-    learning_rate,
-    streams_of,
-)
+from pipelines.training import Learner, StepResult, TrainingError, is_due, learning_rate
+from pipelines.world import SingleWorker, World, streams_of
 from tests.support.data import dataset_of, packed, put_dataset, random_images
 from tests.support.runs import Batch, TeamWorker, made_up_batches, tiny_config, together
 

@@ -16,7 +16,8 @@ from pipelines.errors import UserError
 from pipelines.plan import training_plan
 from pipelines.posthoc import averaged_weights
 from pipelines.train import Run, open_run, train
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.data import dataset_of
 from tests.support.runs import made_up_batches, tiny_config
 

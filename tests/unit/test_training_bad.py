@@ -18,7 +18,8 @@ from pipelines.reader import MicroBatch
 from pipelines.shards import Sample, pack
 from pipelines.tracking import History
 from pipelines.train import Run, _batches, claim, open_run, train
-from pipelines.training import Learner, SingleWorker, StepResult, TrainingError, World, streams_of
+from pipelines.training import Learner, StepResult, TrainingError
+from pipelines.world import SingleWorker, World, streams_of
 from tests.support.data import packed, put_dataset, random_images
 from tests.support.runs import tiny_config, together
 

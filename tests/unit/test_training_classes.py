@@ -24,7 +24,8 @@ from pipelines.sampling import UnitMaker, load_model, make_images
 from pipelines.shards import Sample, pack, parse_index
 from pipelines.storage import open_storage
 from pipelines.train import _evaluate, open_run
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.data import dataset_of, put_dataset, random_images
 from tests.support.runs import Batch, Kept, made_up_batches, tiny_config, together
 

@@ -23,7 +23,8 @@ from pipelines.sample_recipe import recipe_of
 from pipelines.sampling import load_model, make_images
 from pipelines.storage import open_storage
 from pipelines.train import _evaluate, open_run, train
-from pipelines.training import Learner, SingleWorker
+from pipelines.training import Learner
+from pipelines.world import SingleWorker
 from tests.support.data import dataset_of
 from tests.support.runs import Kept, made_up_batches, tiny_config
 

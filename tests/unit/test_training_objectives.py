@@ -22,7 +22,8 @@ from pipelines.held_out import held_out_bound
 from pipelines.sample_recipe import recipe_of
 from pipelines.sampling import load_model, make_images
 from pipelines.storage import open_storage
-from pipelines.training import Learner, SingleWorker, StepResult, World, streams_of
+from pipelines.training import Learner, StepResult
+from pipelines.world import SingleWorker, World, streams_of
 from tests.support.data import dataset_of
 from tests.support.runs import made_up_batches, tiny_config, together
 

@@ -9,7 +9,8 @@ import torch
 
 from pipelines import precision
 from pipelines.precision import Autocast
-from pipelines.training import Learner, SingleWorker, StepResult
+from pipelines.training import Learner, StepResult
+from pipelines.world import SingleWorker
 from tests.support.runs import made_up_batches, tiny_config
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ import torch
 from pipelines.checkpoints import Checkpoints
 from pipelines.storage import open_storage
 from pipelines.train import claim, open_run, train
-from pipelines.training import SingleWorker
 from pipelines.verify import kind_at, verify
+from pipelines.world import SingleWorker
 from tests.support.data import dataset_of
 from tests.support.runs import tiny_config
 from tests.unit.test_verify import change, ddpm_verify, flip, no_stack  # noqa: F401 (a fixture for all of them)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ddpm_core.samplers import SamplerConfig
-from pipelines.config import SampleConfig
+from pipelines.config_sections import SampleConfig
 from pipelines.images import encode_png
 from pipelines.sample_recipe import Recipe
 from pipelines.sample_set import SampleSet
