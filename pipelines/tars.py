@@ -8,6 +8,7 @@ its marker of two empty blocks, behind which there is nothing.
 from __future__ import annotations
 
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ def samples(members: Iterable[Member], passed_over: list[str]) -> Iterator[TarSa
             if key in seen:
                 raise TarError(f"it holds two samples with the key {printable(key)!r}")
             seen.add(key)
-        extension = match[2].lower()
+        # a sample has few of them, and a source many samples
+        extension = sys.intern(match[2].lower())
         if any(extension == other for other, _, _ in found):
             raise TarError(f"it holds two members named {printable(f'{key}.{extension}')!r}")
         found.append((extension, member.offset, member.size))
