@@ -53,7 +53,7 @@ def _resident_bytes() -> int:
 
 def _measure(root: str, count: int) -> None:
     from pipelines import source_files, source_parquet, source_tar  # noqa: F401  imports are no samples
-    from pipelines.prepare import plan_shards
+    from pipelines.prepare_plan import plan_shards
     from pipelines.sources import open_source
 
     gc.collect()
