@@ -156,6 +156,11 @@ def parse_config(
     if mistakes:
         raise UserError("\n".join(mistakes))
     config = validated(Config, values, where)
+    num_timesteps = config.schedule.num_timesteps
+    if "num_steps" not in (values.get("sampler") or {}) and (config.sampler.num_steps or 0) > num_timesteps:
+        # so many are only what is usual
+        values["sampler"] = {**(values.get("sampler") or {}), "num_steps": None}
+        config = validated(Config, values, where)
     given = {override.partition("=")[0] for override in overrides}
     unused = unused_settings(config)
     if dropped := [one for one in unused if left_over(one, given)]:

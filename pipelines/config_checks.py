@@ -33,7 +33,7 @@ def mistakes_of_a_file(config: Config) -> list[str]:
             "all"
         )
     tune = config.tune
-    if tune.grace_steps is not None and tune.grace_steps > tune.steps:
+    if tune.grace_steps > tune.steps:
         found.append(
             f"tune.grace_steps: must be at most tune.steps {tune.steps}, got {tune.grace_steps}; no trial could be "
             "stopped early"

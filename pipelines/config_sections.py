@@ -233,10 +233,19 @@ class TuneConfig(Section):
     steps: Positive = 20_000
     """Training steps of a trial that is not stopped early."""
     eval_every: Positive = 2000
-    grace_steps: Positive | None = None
-    """No trial is stopped before this many steps; none takes a fifth of `steps`."""
+    """A tenth of `steps` unless it is given."""
+    grace_steps: Positive = 4000
+    """No trial is stopped before this many steps; a fifth of `steps` unless it is given."""
     reduction_factor: Annotated[float, Field(gt=1)] = 3
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_steps(cls, values: Any) -> Any:
+        steps = values.get("steps") if isinstance(values, dict) else None
+        if not isinstance(steps, int) or steps < 1:
+            return values
+        return {"eval_every": max(1, steps // 10), "grace_steps": max(1, steps // 5)} | values
 
     @field_validator("beta_start", "beta_end")
     @classmethod

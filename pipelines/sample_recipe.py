@@ -19,6 +19,7 @@ from pipelines.config import Config, digest
 from pipelines.config_sections import SampleConfig
 from pipelines.errors import UserError
 from pipelines.telling import validated
+from pipelines.unused_settings import unused_settings
 
 FORMAT_VERSION = 1
 
@@ -97,6 +98,8 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
     """
     trained = checkpoint_config(checkpoint)
     mistakes = []
+    # what nothing reads may differ: an older version took it, and a file may not hold it any more
+    unread = {(unused.section, unused.name) for unused in unused_settings(trained)}
     for section in ("schedule", "model", "objective"):
         ours, theirs = asdict(getattr(config, section)), asdict(getattr(trained, section))
         # networks and schedules of different kinds have different settings, and the kind says it all
@@ -104,7 +107,7 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
         mistakes += [
             f"{section}.{key}: {ours[key]}, but the checkpoint {checkpoint.uri} was trained with {theirs[key]}"
             for key in keys
-            if ours[key] != theirs[key] and key not in _WITHOUT_EFFECT
+            if ours[key] != theirs[key] and key not in _WITHOUT_EFFECT and (section, key) not in unread
         ]
     if mistakes:
         raise UserError("\n".join(mistakes))

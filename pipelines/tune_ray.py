@@ -67,7 +67,7 @@ def run_sweep(config: Config, storage: Storage, parent_run_id: str | None) -> li
                     metric="bits_per_dim",
                     mode="min",
                     max_t=settings.steps,
-                    grace_period=settings.grace_steps or max(1, settings.steps // 5),
+                    grace_period=settings.grace_steps,
                     reduction_factor=settings.reduction_factor,
                 ),
             ),

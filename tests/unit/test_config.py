@@ -462,6 +462,20 @@ WHAT = [
 ]  # fmt: skip
 
 
+def test_what_follows_another_setting_unless_it_is_given() -> None:
+    usual = tiny_config().tune
+    assert (usual.steps, usual.eval_every, usual.grace_steps) == (20_000, 2000, 4000)
+    short = tiny_config("tune.steps=1000").tune
+    assert (short.eval_every, short.grace_steps) == (100, 200)
+    shortest = tiny_config("tune.steps=1").tune
+    assert (shortest.eval_every, shortest.grace_steps) == (1, 1)
+    given = tiny_config("tune.steps=1000", "tune.eval_every=7", "tune.grace_steps=9").tune
+    assert (given.eval_every, given.grace_steps) == (7, 9)
+    text = TINY.replace("sampler: {num_steps: 5}\n", "")
+    assert parse_config(text, ["schedule.num_timesteps=60"]).sampler.num_steps == 50
+    assert parse_config(text, ["schedule.num_timesteps=49"]).sampler.num_steps is None
+
+
 def test_where_and_how_long_do_not_change_the_run() -> None:
     base = tiny_config()
     assert [o for o in WHERE_AND_HOW_LONG if tiny_config(o).run_name("data") != base.run_name("data")] == []

@@ -248,6 +248,28 @@ def test_a_configuration_of_another_model_is_refused(
     assert str(caught.value) == message.format(checkpoint.uri)
 
 
+def test_what_a_checkpoint_of_an_older_version_holds_and_nothing_reads_is_passed_over(tmp_path: Path) -> None:
+    """A cosine schedule has no use for beta_end, and no configuration may give it one any more."""
+    config = tiny_config("schedule={kind: cosine, num_timesteps: 50}")
+    learner = Learner(config, CPU)
+    stored = config.model_dump(mode="json")
+    stored["schedule"]["beta_end"] = 0.03
+    about: dict[str, Any] = {
+        "seed": 0,
+        "run": "tiny-1",
+        "dataset": "d",
+        "config": stored,
+        "metrics": {},
+        "versions": {},
+    }
+    checkpoint = Checkpoints(open_storage(str(tmp_path / "run"))).save(learner.state(1), about)
+    assert recipe_of(config, checkpoint, 256).checkpoint == checkpoint.uri
+    stored["schedule"]["cosine_s"] = 0.02
+    checkpoint = Checkpoints(open_storage(str(tmp_path / "other"))).save(learner.state(1), about)
+    with pytest.raises(UserError, match=r"^schedule\.cosine_s: 0\.008, but the checkpoint .* with 0\.02$"):
+        recipe_of(config, checkpoint, 256)
+
+
 def test_each_field_of_another_model_is_named(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError) as caught:
         recipe_of(tiny_config("schedule.num_timesteps=60", "model.base_channels=12"), checkpoint, 256)
