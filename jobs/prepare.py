@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         chosen: dict[str, Any] = {
             "image_size": settings.image_size,
+            "channels": settings.channels,
             "levels": settings.levels,
             "test_fraction": settings.test_fraction,
             "seed": config.seed,
@@ -106,7 +107,6 @@ def run(arguments: argparse.Namespace) -> int:
             dataset = prepare(
                 arguments.source,
                 out,
-                channels=settings.channels,
                 samples_per_shard=settings.samples_per_shard,
                 png_encoder=settings.png_encoder,
                 labels=arguments.labels,

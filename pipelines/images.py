@@ -133,7 +133,7 @@ def _pixels(data: bytes, kind: str) -> NDArray[np.uint8]:
             if getattr(picture, "is_animated", False):
                 raise ValueError(f"an animated {kind}, not a still image")
             return np.asarray(picture)
-    except ValueError:
+    except (ValueError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
         raise ValueError(f"a broken {kind} ({one_line(error, 120)})") from None
@@ -156,6 +156,8 @@ def _jpeg_shape(data: bytes) -> tuple[int, int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             mode, (width, height), frames = picture.mode, picture.size, getattr(picture, "n_frames", 1)
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001  Pillow raises half a dozen types on a broken file
         raise ValueError(f"a broken JPEG ({one_line(error, 120)})") from None
     if mode not in ("L", "RGB") or frames != 1:

@@ -33,6 +33,7 @@ def index_tars(
     out: str,
     *,
     image_size: int | None = None,
+    channels: int | None = None,
     levels: int | None = None,
     test_fraction: float = 0.1,
     seed: int = 0,
@@ -43,15 +44,16 @@ def index_tars(
 ) -> Dataset:
     """Make the data set `out` of the tars of `source`, which are read once and not copied.
 
-    Every image must be an 8-bit grey or RGB PNG or a JPEG, and all of one shape (squares of `image_size` where it
-    is given). Whole tars are held out: those where a hash of (seed, name) falls below `test_fraction`, and at
-    least one. A tar below `out` is named by its key, so that both can be moved together, others by their URI.
-    Other arguments are those of `pipelines.prepare.prepare`; `progress` counts tars.
+    Every image must be an 8-bit grey or RGB PNG or a JPEG, and all of one shape (squares of `image_size` and of so
+    many `channels` where these are given). Whole tars are held out: those where a hash of (seed, name) falls below
+    `test_fraction`, and at least one. A tar below `out` is named by its key, so that both can be moved together,
+    others by their URI. Other arguments are those of `pipelines.prepare.prepare`; `progress` counts tars.
 
     What was found in a tar is kept below `out` until the data set is whole, so that a second call reads only the
     rest; a finished data set gets back an index that it lost.
 
-    Raises `UserError` naming the tar and the member that is not taken, or two tars of equal content.
+    Raises `UserError` naming the tar and the member that is not taken, two tars of equal content, or a sample of
+    one key and content that is in both splits.
     """
     levels = 256 if levels is None else levels
     try:
@@ -64,11 +66,15 @@ def index_tars(
     if len(found.keys) < 2:
         raise UserError(f"source: {found.where}: --index-only holds out whole tars, so it needs two at least")
     _check_names(found)
+    for name, value in (("--image", image), ("--label", label)):
+        if value is not None and printable(value) != value:
+            raise UserError(f"{name} {printable(value)}: is no UTF-8 text that can be shown")
     storage = open_storage(out)
     options: dict[str, Any] = {
         "source": "index-only",
         "source_fingerprint": fingerprint(f"{key!r} {size}" for key, size in sorted(found.keys.items())),
         "image_size": image_size,
+        **({"channels": channels} if channels else {}),
         "levels": levels,
         "test_fraction": test_fraction,
         "seed": seed,
@@ -79,6 +85,8 @@ def index_tars(
     state = state_of(found.versions)
     if (existing := finished(storage, options, state)) is not None:
         _complete(existing, found, scan)
+        if left := [info.key for info in storage.list(SCANS)]:
+            storage.delete(left)  # of one that was killed when all was done
         return existing
     claim(storage, options, state, take=False)
     scans = Scans(storage, image, label)
@@ -132,7 +140,7 @@ def _assign(found: Found, scanned: list[Scanned], options: Mapping[str, Any]) ->
             f"source: {found.where}: {printable(one)} and {printable(two)} are one tar twice (equal SHA-256), and "
             "samples held out must be in no other: take one out"
         )
-    shape = _one_shape(found.storage, scanned, options["image_size"])
+    shape = _one_shape(found.storage, scanned, options["image_size"], options.get("channels"))
     classes, numbers = number_labels(
         found.where,
         [label for tar in scanned for label in tar.labels],
@@ -140,6 +148,7 @@ def _assign(found: Found, scanned: list[Scanned], options: Mapping[str, Any]) ->
     )
     stops = list(accumulate(len(tar.labels) for tar in scanned))
     held_out = _held_out([tar.key for tar in scanned], options["seed"], options["test_fraction"])
+    _check_apart(found, scanned, held_out)
     shards, counts = [], {"train": 0, "test": 0}
     for tar, stop in zip(scanned, stops, strict=True):
         split = "test" if tar.key in held_out else "train"
@@ -151,6 +160,20 @@ def _assign(found: Found, scanned: list[Scanned], options: Mapping[str, Any]) ->
         shards.append((shard, index))
     shards.sort(key=lambda made: (made[0].split != "train", made[0].index_key))
     return _Assigned(shape, classes, shards)
+
+
+def _check_apart(found: Found, scanned: list[Scanned], held_out: set[str]) -> None:
+    """What is held out must be in no other tar, under its key."""
+    names = ("key", "length", "crc32c")
+    samples = {tar.key: zip(*(tar.columns[name] for name in names), strict=True) for tar in scanned}
+    kept = {sample: tar for tar in held_out for sample in samples[tar]}
+    for tar in samples.keys() - held_out:
+        for sample in samples[tar]:
+            if (other := kept.get(sample)) is not None:
+                raise UserError(
+                    f"source: {found.where}: the sample {printable(str(sample[0]))!r} is the same in "
+                    f"{printable(tar)} and in {printable(other)}, which is held out: prepare without --index-only"
+                )
 
 
 def _index(tar: Scanned, numbers: Sequence[int]) -> bytes:
@@ -238,13 +261,16 @@ def _name_of(storage: Storage, scanned: list[Scanned], place: int) -> str:
     raise AssertionError(place)
 
 
-def _one_shape(storage: Storage, scanned: list[Scanned], image_size: int | None) -> tuple[int, int, int]:
+def _one_shape(
+    storage: Storage, scanned: list[Scanned], image_size: int | None, channels: int | None
+) -> tuple[int, int, int]:
     if len(scanned) < 2:
         raise UserError(f"source: {storage.uri}: fewer than two of its tars hold samples")
     first = scanned[0].shape
     assert first is not None
+    size = first[1:] if image_size is None else (image_size, image_size)
+    expected = (channels or first[0], *size)
     for tar in scanned:
-        expected = first if image_size is None else (first[0], image_size, image_size)
         if tar.shape != expected:
             raise UserError(
                 f"source: {printable(f'{storage.uri}/{tar.key}')}: its images are of shape "

@@ -41,7 +41,7 @@ def finished(storage: Storage, options: Mapping[str, Any], state: str = "") -> D
         return None
     dataset = load_from(storage)
     _check_same(storage, dataset.record.get("preparation", {}), options)
-    with contextlib.suppress(ObjectMissing, ValueError, TypeError):
+    with contextlib.suppress(ObjectMissing, ValueError, TypeError, RecursionError):
         _check_state(storage, dict(json.loads(storage.get(CLAIM_KEY))), state, f"delete {CLAIM_KEY} there")
     return dataset
 
@@ -118,8 +118,9 @@ def _check_state(storage: Storage, claim: Mapping[str, Any], state: str, else_do
     """Claims of earlier versions name no state."""
     if state and claim.get(_STATE, state) != state:
         raise UserError(
-            f"{storage.uri}: was prepared from files of these names and sizes, which have been written anew since "
-            f"(other times of change or ETags): choose another --out, or, if their content is the same, {else_do}"
+            f"{storage.uri}: was prepared from files of these names and sizes, and these have other times of "
+            "change or ETags: they may hold other images. Choose another --out, or, if their content is the same, "
+            f"{else_do}"
         )
 
 

@@ -154,7 +154,8 @@ def _refusing() -> Iterator[None]:
     """
     try:
         yield
-    except Refused:
+    except (Refused, MemoryError):
+        # want of memory is no fault of the image
         raise
     except UnidentifiedImageError:
         known = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"

@@ -74,8 +74,8 @@ class Reader(Protocol):
 class Source:
     """`kind`: "digits", "folder", "zip", "tar", "parquet" or "numpy". `entries`: sorted by key, keys unique.
     `fingerprint`: a hash over what the entries are (names, sizes, places, labels; a zip's CRCs), by which a
-    second preparation knows its source again, wherever it lies. `state`: a hash over what further shows a change
-    of content in one place (the files' times of change, the objects' ETags); empty where the fingerprint is of the
+    second preparation knows its source again. `state`: a hash over what further shows a change of content (the
+    files' times of change, the objects' ETags), which a copy may not share; empty where the fingerprint is of the
     content itself.
     """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,3 +155,38 @@ def test_those_of_tars_that_stay_where_they_are(tmp_path: Path) -> None:
 
 def image_bytes_of(pixels: np.ndarray) -> bytes:
     return image_bytes(Image.fromarray(pixels[0]))
+
+
+def test_want_of_memory_is_no_image_s_fault_and_costs_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize, calls = Image.Image.resize, 0
+
+    def short_of_memory(picture: Image.Image, *arguments: Any, **options: Any) -> Image.Image:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise MemoryError
+        return resize(picture, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "resize", short_of_memory)
+        with pytest.raises(MemoryError):
+            prepare(str(photos), str(tmp_path / "out"), image_size=4, samples_per_shard=5)
+    assert list((tmp_path / "out").rglob("*.tar"))
+    assert prepare(str(photos), str(tmp_path / "out"), image_size=4, samples_per_shard=5).count("train")
+
+
+def test_bad_images_of_a_finished_set_take_none_of_its_shards(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(str(photos), str(out), samples_per_shard=5)
+    lost = out / "train/shard-000000.tar"
+    lost.unlink()
+    left = {path for path in out.rglob("*") if path.is_file()}
+    for path in photos.rglob("*.png"):
+        times, size = path.stat().st_mtime_ns, path.stat().st_size
+        path.write_bytes(b"x" * size)
+        os.utime(path, ns=(times, times))
+    with pytest.raises(UserError, match="not an image"):
+        prepare(str(photos), str(out), samples_per_shard=5)
+    assert {path for path in out.rglob("*") if path.is_file()} == left

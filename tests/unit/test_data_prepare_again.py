@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import index_only
@@ -68,7 +71,7 @@ def test_images_that_were_replaced_in_place_are_not_taken_for_the_old_ones(tmp_p
     before = files(tmp_path / "out")
     put_photos(photos, seed=1)
     line = refusal(prepare, photos, tmp_path / "out")
-    assert "have been written anew since" in line
+    assert "may hold other images" in line
     assert "delete preparation.json there" in line
     assert files(tmp_path / "out") == before
 
@@ -84,7 +87,7 @@ def test_old_and_new_images_do_not_mix_in_a_set_that_is_gone_on_with(tmp_path: P
         prepare(str(photos), str(out), samples_per_shard=4, progress=kill)
     changed = photos / "7.bmp"
     write_image(changed, 255 - IMAGES[7][0])
-    assert "have been written anew since" in refusal(prepare, photos, out, samples_per_shard=4)
+    assert "may hold other images" in refusal(prepare, photos, out, samples_per_shard=4)
     assert "delete all that lies there" in refusal(prepare, photos, out, samples_per_shard=4)
     shutil.rmtree(out)
     dataset = prepare(str(photos), str(out), samples_per_shard=4)
@@ -103,7 +106,7 @@ def test_a_copy_with_other_times_is_the_same_data_set_elsewhere(tmp_path: Path) 
     assert one.identity == two.identity
     assert "source_state" not in one.record["preparation"]
     # what the message says to do where the content is the same
-    assert "written anew" in refusal(prepare, copy, tmp_path / "one")
+    assert "may hold other images" in refusal(prepare, copy, tmp_path / "one")
     (tmp_path / "one/preparation.json").unlink()
     assert prepare(str(copy), str(tmp_path / "one")) == one
     (tmp_path / "one/train/shard-000000.tar").unlink()
@@ -267,6 +270,68 @@ def test_a_tar_and_its_copy_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sample_on_both_sides_is_refused(tmp_path: Path) -> None:
+    """A tar that holds another's samples and one more has another hash."""
+    tars = tmp_path / "in"
+    tars.mkdir()
+    members = {f"s{number}.png": encode_png(image) for number, image in enumerate(random_images(6))}
+    (tars / "a.tar").write_bytes(tar_of({name: members[name] for name in list(members)[:5]}))
+    (tars / "b.tar").write_bytes(tar_of(members))
+    line = refusal(index_tars, tars, tmp_path / "out")
+    assert re.search(r"the sample 's\d' is the same in (a|b)\.tar and in (a|b)\.tar, which is held out", line)
+    # the same key of another image is another sample
+    (tars / "b.tar").write_bytes(
+        tar_of({f"s{n}.png": encode_png(x) for n, x in enumerate(random_images(5, seed=1))})
+    )
+    assert index_tars(str(tars), str(tmp_path / "out")).count("train") == 5
+
+
+def test_what_a_kill_after_the_commit_left_goes_with_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars, out = put_tars(tmp_path / "in"), tmp_path / "out"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStorage, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            index_tars(str(tars), str(out))
+    assert (out / "scans").exists()
+    index_tars(str(tars), str(out))
+    assert not (out / "scans").exists()
+
+
+@pytest.mark.parametrize("option", ["image", "label"])
+def test_an_option_that_is_no_text_costs_a_line(tmp_path: Path, option: str) -> None:
+    line = refusal(index_tars, put_tars(tmp_path / "in"), tmp_path / "out", **{option: "\udcff"})
+    assert line.startswith(f"--{option} ")
+
+
+def test_channels_that_the_tars_do_not_have_are_refused(tmp_path: Path) -> None:
+    tars = put_tars(tmp_path / "in")
+    assert "are of shape [1, " in refusal(index_tars, tars, tmp_path / "out", channels=3)
+    assert index_tars(str(tars), str(tmp_path / "out"), channels=1).shape[0] == 1
+
+
+def test_a_damaged_claim_beside_a_finished_set_is_passed_over(tmp_path: Path) -> None:
+    photos, out = put_photos(tmp_path / "in"), tmp_path / "out"
+    dataset = prepare(str(photos), str(out))
+    (out / "preparation.json").write_text("[" * 100_000)
+    assert prepare(str(photos), str(out)) == dataset
+
+
+def test_parquet_that_was_replaced_in_place_is_noticed(tmp_path: Path) -> None:
+    cells = [{"bytes": encode_png(image), "path": None} for image in random_images(30)]
+    pq.write_table(pa.table({"image": cells, "label": [0] * 30}), tmp_path / "a.parquet")
+    prepare(str(tmp_path / "a.parquet"), str(tmp_path / "out"))
+    size = (tmp_path / "a.parquet").stat().st_size
+    os.utime(tmp_path / "a.parquet", ns=(5 * 10**9, 5 * 10**9))
+    assert (tmp_path / "a.parquet").stat().st_size == size
+    assert "may hold other images" in refusal(prepare, tmp_path / "a.parquet", tmp_path / "out")
+
+
 def test_a_finished_set_gets_back_a_lost_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tars, out = put_tars(tmp_path / "in"), tmp_path / "out"
     dataset = index_tars(str(tars), str(out))
@@ -297,7 +362,7 @@ def test_tars_that_were_moved_or_written_anew_are_noticed(tmp_path: Path) -> Non
     assert "lie elsewhere: choose another --out" in line
     assert "/in/a-" in line
     os.utime(tmp_path / "moved/a-3.tar", ns=(1, 1))
-    assert "have been written anew since" in refusal(index_tars, tmp_path / "moved", out)
+    assert "may hold other images" in refusal(index_tars, tmp_path / "moved", out)
 
 
 def test_a_tar_that_grows_while_it_is_read_is_named(tmp_path: Path) -> None:
