@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +20,10 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import Config, digest
 from pipelines.errors import UserError
-from pipelines.records import read_record
+from pipelines.records import RecordError, read_record
 from pipelines.storage import ObjectInfo, ObjectMissing, Storage
 from pipelines.telling import validated
+from pipelines.tracking import parse_rows
 from pipelines.train import RUN_RECORD, RUN_VERSION, RunRecord
 from pipelines.training import power_group
 from pipelines.verified import Problem, Progress, Verified, problem_of
@@ -260,11 +260,11 @@ def _check_history(storage: Storage, there: set[str], step: int) -> Iterator[Pro
         yield Problem(where, None, f"is missing, though step {step} was committed after it")
         return
     try:
-        steps = [int(json.loads(line)["step"]) for line in storage.get(key).decode().splitlines()]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        yield Problem(where, None, "is not rows of metrics in JSON, a line each; the object is damaged")
+        rows = parse_rows(storage.get(key), where)
+    except RecordError as error:
+        yield problem_of(error, where)
         return
-    if any(not 1 <= row <= step for row in steps):
+    if any(not 1 <= row.step <= step for row in rows):
         yield Problem(where, None, f"has rows of other steps than 1 to {step}")
 
 
