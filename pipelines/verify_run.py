@@ -77,10 +77,10 @@ def verify_run(storage: Storage, *, deep: bool = False, progress: Progress | Non
         problems += _check_history(storage, history, step)
     looked = {"checkpoints": len(listed), **_looked(checkpoints)}
     name = storage.uri.rpartition("/")[2] if record is None else record.name
-    gone = {f"checkpoints/{step_name(step)}/" for step in changed}
+    gone = tuple(f"checkpoints/{step_name(step)}/" for step in changed)
     notes = [
         *(f"{step_name(step)}: {what}" for step, what in sorted(changed.items())),
-        *_left_behind([info for info in there if not info.key.startswith(tuple(gone))], checkpoints, listed),
+        *_left_behind([info for info in there if not info.key.startswith(gone)], checkpoints, listed),
         *([] if listed else ["no checkpoint is there yet"]),
     ]
     return Verified("run", storage.uri, name, looked, tuple(problems), tuple(notes))

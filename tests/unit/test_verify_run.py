@@ -398,3 +398,19 @@ def test_a_copy_may_be_called_as_one_likes(run: Path, name: str) -> None:
     copy = run.parent / name
     shutil.copytree(run, copy)
     assert lines(copy) == []
+
+
+def test_a_checkpoint_that_is_deleted_before_it_is_opened_is_no_damage(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Checkpoints.steps
+
+    def delete(checkpoints: Checkpoints) -> list[int]:
+        found = steps(checkpoints)
+        shutil.rmtree(run / STEP)
+        return found
+
+    monkeypatch.setattr(Checkpoints, "steps", delete)
+    found = verify(str(run))
+    assert found.problems == ()
+    assert found.notes == ("step-000000004: was deleted meanwhile, as a run at work does",)

@@ -391,3 +391,19 @@ def test_a_copy_may_end_with_a_date(place: Path) -> None:
     other = place.parent / "tiny-012345678a"
     place.rename(other)
     assert "its recipe is that of a set named" in only(other)
+
+
+def test_a_set_that_is_made_whole_before_its_record_is_read_is_no_damage(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(place, 2).write_bytes(b"damaged")
+    record = SampleSet.record
+
+    def mend(found: SampleSet) -> Any:
+        monkeypatch.setattr(SampleSet, "record", record)
+        found.write_unit(RECIPE, 2, torch.from_numpy(random_images(10, seed=5))[8:])
+        found.finish(RECIPE)
+        return found.record()
+
+    monkeypatch.setattr(SampleSet, "record", mend)
+    assert lines(place) == []
