@@ -14,7 +14,7 @@ from jobs import common, sample
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-    from pipelines.evaluate import Finished
+    from pipelines.evaluation_record import Finished
     from pipelines.sample_recipe import Recipe
     from pipelines.sample_set import SampleSet
     from pipelines.storage import Storage
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     common.use_local_stack()
     config = common.config_of(arguments)
 
-    from pipelines.evaluate import evaluation_identity, evaluation_storage, find_evaluation
+    from pipelines.evaluation_record import evaluation_identity, evaluation_storage, find_evaluation
     from pipelines.tracking import tracked_as
     from pipelines.train import open_run
 
@@ -85,7 +85,9 @@ def _judge(
 ) -> Finished:
     """Evaluate, draw the pictures, and commit both."""
     from pipelines.checkpoints import open_checkpoint
-    from pipelines.evaluate import commit_evaluation, draw, evaluate
+    from pipelines.evaluate import evaluate
+    from pipelines.evaluation_pictures import draw
+    from pipelines.evaluation_record import commit_evaluation
 
     checkpoint = open_checkpoint(recipe.checkpoint)
     evaluation = evaluate(config, run.dataset, checkpoint, samples)

@@ -8,49 +8,33 @@ its bias depends on their number.
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from ddpm_core import rng
 from ddpm_core.bound import BoundEstimate
-from ddpm_core.samplers import trajectory
-from pipelines import plots
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import Config, digest
+from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.distances import frechet_distance, kernel_distance
 from pipelines.errors import UserError
+from pipelines.evaluation_record import FORMAT_VERSION
 from pipelines.features import Classifier, train_classifier
 from pipelines.held_out import held_out_bound, model_chain, sampler_chain
 from pipelines.images import to_uint8
 from pipelines.reader import read_split
-from pipelines.records import (
-    ObjectRecord,
-    RecordError,
-    commit_first,
-    put_recorded,
-    read_checked,
-    read_record,
-)
-from pipelines.sample_recipe import Recipe, checkpoint_config
+from pipelines.sample_recipe import checkpoint_config
 from pipelines.sample_set import SampleSet
 from pipelines.sampling import load_model
-from pipelines.storage import ObjectMissing, Storage, open_storage
-from pipelines.tracking import History
 from pipelines.world import SingleWorker
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-RECORD = "evaluation.json"
 Pixels = NDArray[np.uint8]
 
 _MOST_IMAGES = 10_000
@@ -105,79 +89,6 @@ def _plain(bound: BoundEstimate) -> dict[str, Any]:
     # a t that was never drawn has no value, nor has the spread of one image; JSON calls that null
     values = {name: None if np.isscalar(v) and np.isnan(v) else v for name, v in asdict(bound).items()}
     return {**values, "per_t": [None if np.isnan(term) else term for term in bound.per_t]}
-
-
-class EvaluationError(RecordError):
-    """What an evaluation left is missing, damaged, or of a format that this version does not read."""
-
-
-class EvaluationRecord(BaseModel):
-    """`evaluation.json`, the commit record: what was judged, the report, and the pictures by their names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: int
-    kind: str = "ddpm-evaluation"
-    identity: dict[str, Any]
-    report: dict[str, Any]
-    pictures: dict[str, ObjectRecord]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An evaluation that is done, as storage has it."""
-
-    report: dict[str, Any]
-    pictures: dict[str, bytes]
-
-
-def evaluation_identity(config: Config, dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """What an evaluation is a function of: the samples and with them the checkpoint, the data, the settings."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "samples": recipe.identity(),
-        "dataset": dataset.identity,
-        # of the classifier and the noise
-        "seed": config.seed,
-        # every held-out image is used, whatever the setting for training says
-        "bound": config.bound.model_dump(mode="json", exclude={"num_images"}),
-    }
-
-
-def evaluation_storage(config: Config, identity: Mapping[str, Any]) -> Storage:
-    """The place of an evaluation: STORAGE/evaluations/NAME-ID/."""
-    name = f"{config.name}-{digest(identity)[:10]}"
-    return open_storage(config.storage).child("evaluations", name)
-
-
-def find_evaluation(place: Storage) -> Finished | None:
-    """The evaluation that was committed here, or None; a damaged one is none, with a warning."""
-    try:
-        record = read_record(place, RECORD, EvaluationRecord, FORMAT_VERSION, EvaluationError)
-        pictures = {name: read_checked(place, one, EvaluationError) for name, one in record.pictures.items()}
-    except ObjectMissing:
-        return None
-    except EvaluationError as error:
-        log.warning("damaged, and made again: %s", error)
-        return None
-    return Finished(record.report, pictures)
-
-
-def commit_evaluation(
-    place: Storage, identity: dict[str, Any], report: dict[str, Any], pictures: dict[str, bytes]
-) -> Finished:
-    """Write the pictures and commit the report with them; returns the evaluation that stands."""
-    attempt = uuid.uuid4().hex[:12]
-    parts = ((f"{Path(name).stem}-{attempt}{Path(name).suffix}", data) for name, data in pictures.items())
-    written = put_recorded(place, parts)
-    record = EvaluationRecord(
-        format_version=FORMAT_VERSION,
-        identity=identity,
-        report=report,
-        pictures=dict(zip(pictures, written, strict=True)),
-    )
-    standing = commit_first(place, RECORD, record, written, lambda: find_evaluation(place))
-    return standing or Finished(report, pictures)
 
 
 def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: SampleSet) -> Evaluation:
@@ -294,81 +205,3 @@ def _distance(name: str, images: Pixels, reference: Any, classifier: Classifier)
         kernel=kernel_distance(features, reference),
         confidence=float(classifier.probabilities(images).max(1).mean()),
     )
-
-
-def draw(
-    evaluation: Evaluation,
-    dataset: Dataset,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    samples: SampleSet,
-    run: Storage,
-    folder: Path,
-) -> list[Path]:
-    """The pictures of a run and its samples, as PNG files in a folder."""
-    model, schedule = load_model(checkpoint, torch.device("cpu"))
-    made = [
-        plots.schedule_figure(
-            schedule.betas.numpy(),
-            schedule.alphas_cumprod.numpy(),
-            schedule.log_snr.numpy(),
-            folder / "schedule.png",
-        )
-    ]
-    rows = History(run).rows(up_to=None)
-    losses = [(row.step, row.metrics["loss"]) for row in rows if "loss" in row.metrics]
-    held_out = [
-        (row.step, row.metrics["held_out/total"], row.metrics["held_out/total_stderr"])
-        for row in rows
-        if "held_out/total" in row.metrics
-    ]
-    if losses:
-        made.append(
-            plots.loss_figure(
-                [step for step, _ in losses], [loss for _, loss in losses], held_out, folder / "loss.png"
-            )
-        )
-    bound = evaluation.bound
-    terms = {
-        "reconstruction": bound.reconstruction,
-        "consistency": bound.consistency,
-        "prior": bound.prior,
-    }
-    errors = {
-        "reconstruction": bound.reconstruction_stderr,
-        "consistency": bound.consistency_stderr,
-        "prior": bound.prior_stderr,
-    }
-    made.append(plots.bound_figure(bound.per_t, terms, folder / "bound.png", stderr=errors))
-    generated = np.stack([image for _, image in samples.images(limit=100)])
-    real = np.stack([image for _, image, _ in read_split(dataset, "test", 0, 100)])
-    made.append(plots.generated_beside_real(generated, real, folder / "samples.png"))
-    made.append(plots.trajectory_figure(_frames(model, schedule, recipe), folder / "trajectory.png"))
-    rows_of_distances = [
-        {"name": d.name, "frechet": d.frechet, "kernel": d.kernel, "count": d.count}
-        for d in evaluation.distances
-    ]
-    made.append(plots.distances_figure(rows_of_distances, folder / "distances.png"))
-    return made
-
-
-def _frames(model: Any, schedule: Any, recipe: Recipe) -> list[tuple[int, Pixels, Pixels]]:
-    """The way of image 0 from noise to image."""
-    steps = trajectory(
-        recipe.asked(model, schedule, [0], torch.device("cpu")),
-        schedule,
-        recipe.sampler,
-        seed=recipe.settings.seed,
-        index=torch.zeros(1, dtype=torch.int64),
-        shape=recipe.shape,
-        prediction_type=recipe.prediction_type,
-    )
-    with torch.inference_mode():
-        return [
-            (
-                step.t,
-                to_uint8(step.x_t[0], recipe.levels).numpy(),
-                to_uint8(step.pred_x_start[0], recipe.levels).numpy(),
-            )
-            for step in steps
-        ]

@@ -35,12 +35,14 @@ class Chain:
     """A p_θ on some of the T timesteps: `timesteps` int64 [S], rising, or None for all of them.
 
     first_half: the chain has no use for the second half of the network's output, a learned variance.
+    without_class: a network of classes is asked for none, whichever class an image is of.
     """
 
     reverse: ReverseProcess
     timesteps: Tensor | None = None
     guidance_scale: float = 1.0
     first_half: bool = False
+    without_class: bool = False
 
     def asked(self, eps_theta: EpsTheta) -> EpsTheta:
         """The network as the chain's own t, 0..S−1, ask it."""
@@ -59,7 +61,8 @@ class Chain:
         if reverse.threshold_quantile is not None:
             limit = f"x̂_0 thresholded at its quantile {reverse.threshold_quantile:g}"
         guided = "" if self.guidance_scale == 1 else f", guidance {self.guidance_scale:g}"
-        return f"{visited} timesteps, variance {reverse.variance_type}, {limit}{guided}"
+        asked = ", asked for no class" if self.without_class else ""
+        return f"{visited} timesteps, variance {reverse.variance_type}, {limit}{guided}{asked}"
 
 
 def model_chain(config: Config) -> Chain:
@@ -72,6 +75,8 @@ def model_chain(config: Config) -> Chain:
 def sampler_chain(config: Config) -> Chain:
     """The chain that `sampler` draws from, guided as `sample.guidance_scale` says.
 
+    Where every one of `sample.labels` means no class, an image's own class is not asked for, and there is nothing
+    to guide away from.
     Raises ValueError naming the field of a sampler whose images have no likelihood by a bound of this kind.
     """
     schedule = Schedule.from_config(config.schedule)
@@ -83,11 +88,14 @@ def sampler_chain(config: Config) -> Chain:
         sampler,
         prediction_type=config.objective.prediction_type,
     )
+    classes = config.model.num_classes
+    without_class = classes is not None and set(config.sample.labels) == {classes}
     return Chain(
         reverse,
         None if whole else timesteps,
-        config.sample.guidance_scale,
+        1.0 if without_class else config.sample.guidance_scale,
         first_half=config.model.learned_variance and reverse.variance_type != "learned_range",
+        without_class=without_class,
     )
 
 
@@ -119,6 +127,8 @@ def held_out_bound(
     with torch.inference_mode():
         for index, images, label in _held_out(dataset, start, stop):
             x_start = to_model(images, dataset.levels).to(world.device)
+            if chain.without_class:
+                label = torch.full_like(label, -1)
             labels = None if classes is None else network_labels(label.to(world.device), classes)
             network = conditioned(model, schedule, labels, chain.guidance_scale)
             accumulator.add(chain.asked(network), x_start, index.to(world.device))

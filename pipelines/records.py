@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,6 +48,34 @@ class ObjectRecord(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+_MAX_DEPTH = 50
+"""Levels of a JSON value; what we write has a handful, and by the hundred they exhaust the stack later on."""
+
+
+def parse_json(
+    data: bytes, where: str, error: type[RecordError] = RecordError, *, finite: bool = True
+) -> Any:
+    """The JSON value in an object; raises `error` naming it if it is none, or nested by the dozen.
+
+    finite: numbers must be, which JSON asks for and Python's reader and writer do not.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):  # RecursionError: brackets by the thousand
+        raise error(f"{where}: is not JSON; the object is damaged") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        if finite and any(isinstance(one, float) and not math.isfinite(one) for one in level):
+            raise error(f"{where}: holds a number that is not finite; the object is damaged")
+        within = (
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        )
+        level = [one for values in within for one in values]
+        if not level:
+            return value
+    raise error(f"{where}: is nested more than {_MAX_DEPTH} levels deep; the object is damaged")
+
+
 def read_record(
     storage: Storage, key: str, model: type[Record], version: int, error: type[RecordError] = RecordError
 ) -> Record:
@@ -56,10 +85,7 @@ def read_record(
     """
     where = f"{storage.uri}/{key}"
     data = storage.get(key)
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):  # RecursionError: brackets by the thousand
-        raise error(f"{where}: is not JSON; the object is damaged") from None
+    values = parse_json(data, where, error)
     found = values.get("format_version") if isinstance(values, dict) else None
     if type(found) is not int or found != version:
         raise error(f"{where}: has format version {found}, this program reads {version}")

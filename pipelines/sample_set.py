@@ -200,9 +200,6 @@ class SampleSet:
         if thorough or sizes.get(record.key) != record.num_bytes:
             read_checked(self.storage, record, SampleSetError)
 
-    def is_finished(self) -> bool:
-        return self.storage.exists(RECORD)
-
     def record(self) -> SetRecord:
         """Raises `SampleSetError` where the set is not finished."""
         try:

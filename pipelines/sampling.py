@@ -69,6 +69,12 @@ class UnitMaker:
         if checkpoint.identity != recipe.checkpoint_identity:
             raise UserError(f"{recipe.checkpoint}: was replaced by another checkpoint meanwhile")
         self._model, self._schedule = load_model(checkpoint, self._device)
+        for name, tensor in self._model.named_parameters():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(
+                    f"{recipe.checkpoint}: its averaged weights {name!r} hold NaN or ±∞, of which no image comes; "
+                    "set sample.checkpoint to another one"
+                )
         if recipe.settings.compile:
             self._compile()
 
@@ -80,8 +86,16 @@ class UnitMaker:
         compile_frozen(self._model, lambda: ask(x, t))
 
     def make(self, unit: int) -> int:
-        """Make and commit a unit; returns how many images it holds."""
+        """Make and commit a unit; returns how many images it holds.
+
+        Raises `UserError` where the network gives NaN, which is no image.
+        """
         numbers = unit_range(self._recipe, unit)
         x = make_images(self._model, self._schedule, self._recipe, numbers, self._device)
+        if bool(x.isnan().any()):
+            raise UserError(
+                f"{self._recipe.checkpoint}: its network gives numbers that are no numbers (NaN) in unit {unit}; "
+                "set sample.checkpoint to another one, or take another sampler"
+            )
         self._set.write_unit(self._recipe, unit, to_uint8(x, self._recipe.levels))
         return len(numbers)

@@ -7,6 +7,7 @@ not sent twice, and what it missed is sent when it answers again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pipelines.records import RecordError, parse_json
 from pipelines.storage import ObjectMissing, Storage
 
 TRACKING_RECORD = "mlflow.json"
@@ -92,12 +94,15 @@ class Turn:
             run.put(TURN_RECORD, mine.encode())
 
     def successor(self) -> str | None:
-        """Where the tracker runs that has the turn now, or None while it is this one; raises `StorageError`."""
+        """Where the tracker runs that has the turn now, or None while it is this one.
+
+        Raises `StorageError`, and `RecordError` where the record can't be read.
+        """
         try:
-            record = json.loads(self._run.get(TURN_RECORD))
+            tracker, where = (_word(self._run, TURN_RECORD, name) for name in ("tracker", "where"))
         except ObjectMissing:
             return None
-        return None if record["tracker"] == self._id else str(record["where"])
+        return None if tracker == self._id else where
 
 
 class History:
@@ -112,15 +117,31 @@ class History:
         self._storage.put(f"step-{last_step:09d}.jsonl", "\n".join(lines).encode())
 
     def rows(self, up_to: int | None = None) -> list[Row]:
-        """All rows, by step, up to a step where one is given; the newest wins where intervals overlap."""
+        """All rows, by step, up to a step where one is given; the newest wins where intervals overlap.
+
+        Raises `RecordError` naming an object that is not rows of metrics.
+        """
         by_step: dict[int, dict[str, float]] = {}
         for info in self._storage.list("step-"):
-            for line in self._storage.get(info.key).decode().splitlines():
-                values = json.loads(line)
-                step = int(values.pop("step"))
-                if up_to is None or step <= up_to:
-                    by_step.setdefault(step, {}).update(values)
+            for row in parse_rows(self._storage.get(info.key), f"{self._storage.uri}/{info.key}"):
+                if up_to is None or row.step <= up_to:
+                    by_step.setdefault(row.step, {}).update(row.metrics)
         return [Row(step, by_step[step]) for step in sorted(by_step)]
+
+
+def parse_rows(data: bytes, where: str) -> list[Row]:
+    """The rows of metrics in an object, a line each; raises `RecordError` naming it where they are none."""
+    rows = []
+    for line in data.splitlines():
+        values: Any = None
+        with contextlib.suppress(RecordError):
+            # a loss may be no number
+            values = parse_json(line, where, finite=False)
+        step = values.pop("step", None) if isinstance(values, dict) else None
+        if type(step) is not int or not all(type(value) in (int, float) for value in values.values()):
+            raise RecordError(f"{where}: is not rows of metrics in JSON, a line each; the object is damaged")
+        rows.append(Row(step, values))
+    return rows
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,8 +178,18 @@ def end_tracking(uri: str | None, run: Storage, status: str = "FINISHED") -> Non
 
 
 def tracked_as(run: Storage) -> str | None:
-    """The id of the MLflow run recorded in a run's storage, or None."""
+    """The id of the MLflow run recorded in a run's storage, or None; raises `RecordError` if it can't be read."""
     try:
-        return str(json.loads(run.get(TRACKING_RECORD))["run_id"])
+        return _word(run, TRACKING_RECORD, "run_id")
     except ObjectMissing:
         return None
+
+
+def _word(run: Storage, key: str, name: str) -> str:
+    """A field of a small record; raises `ObjectMissing`, and `RecordError` where it holds no such text."""
+    where = f"{run.uri}/{key}"
+    values = parse_json(run.get(key), where)
+    word = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(word, str):
+        raise RecordError(f"{where}: names no {name!r}; the object is damaged; delete it")
+    return word

@@ -53,6 +53,11 @@ class Verified:
 
 
 def problem_of(error: Exception, where: str) -> Problem:
-    """An error whose message mostly begins with the object, as a problem of one line."""
+    """An error whose message mostly begins with the object, or with the prefix that it is missing from, as a
+    problem of one line.
+    """
     text = " ".join(str(error).split())
-    return Problem(where, None, text.removeprefix(f"{where}: "))
+    for named in (where, where.rpartition("/")[0]):
+        if text.startswith(f"{named}: "):
+            return Problem(named, None, text.removeprefix(f"{named}: "))
+    return Problem(where, None, text)

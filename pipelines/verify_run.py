@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +20,10 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import Config, digest
 from pipelines.errors import UserError
-from pipelines.records import read_record
+from pipelines.records import RecordError, read_record
 from pipelines.storage import ObjectInfo, ObjectMissing, Storage
 from pipelines.telling import validated
+from pipelines.tracking import parse_rows
 from pipelines.train import RUN_RECORD, RUN_VERSION, RunRecord
 from pipelines.training import power_group
 from pipelines.verified import Problem, Progress, Verified, problem_of
@@ -35,7 +35,8 @@ def verify_run(storage: Storage, *, deep: bool = False, progress: Progress | Non
     """Check a run: its record against its name, and each checkpoint as `verify_checkpoint`, which must also be of
     this run, its data set and its seed, and have its history beside it.
 
-    What killed attempts left is a note. `progress(done, total)` counts objects. What is wrong is returned, not
+    What killed attempts left is a note, and so is a checkpoint that the run, which may be at work, deleted or wrote
+    again meanwhile. `progress(done, total)` counts objects. What is wrong is returned, not
     raised; raises `StorageError` where the storage can't be read.
     """
     where = f"{storage.uri}/{RUN_RECORD}"
@@ -50,24 +51,38 @@ def verify_run(storage: Storage, *, deep: bool = False, progress: Progress | Non
     else:
         problems += _check_record(storage, where, record)
     there = storage.list("checkpoints/")
-    history = {info.key for info in storage.list("history/")}
     checkpoints: list[Checkpoint] = []
     listed = Checkpoints(storage).steps()
+    # after the steps, since a run at work writes the rows of a step before it commits it
+    history = {info.key for info in storage.list("history/")}
+    changed: dict[int, str] = {}
     for step in listed:
         place = storage.child("checkpoints", step_name(step))
         try:
             checkpoints.append(open_checkpoint(place))
         except CheckpointError as error:
-            problems.append(problem_of(error, f"{place.uri}/{COMMIT}"))
+            if what := _changed(place, None):
+                changed[step] = what
+            else:
+                problems.append(problem_of(error, f"{place.uri}/{COMMIT}"))
     count = _counted(checkpoints, progress)
     for checkpoint in checkpoints:
-        problems += _check_checkpoint(checkpoint, deep, count)
-        problems += _check_belongs(checkpoint, record)
+        wrong = [*_check_checkpoint(checkpoint, deep, count), *_check_belongs(checkpoint, record)]
+        folder = checkpoint.uri.rpartition("/")[2]
+        if wrong and (what := _changed(storage.child("checkpoints", folder), checkpoint)):
+            changed[int(folder.removeprefix("step-"))] = what
+        else:
+            problems += wrong
     for step in listed:
         problems += _check_history(storage, history, step)
     looked = {"checkpoints": len(listed), **_looked(checkpoints)}
     name = storage.uri.rpartition("/")[2] if record is None else record.name
-    notes = [*_left_behind(there, checkpoints, listed), *([] if listed else ["no checkpoint is there yet"])]
+    gone = tuple(f"checkpoints/{step_name(step)}/" for step in changed)
+    notes = [
+        *(f"{step_name(step)}: {what}" for step, what in sorted(changed.items())),
+        *_left_behind([info for info in there if not info.key.startswith(gone)], checkpoints, listed),
+        *([] if listed else ["no checkpoint is there yet"]),
+    ]
     return Verified("run", storage.uri, name, looked, tuple(problems), tuple(notes))
 
 
@@ -95,6 +110,22 @@ def verify_checkpoint(storage: Storage, *, deep: bool = False, progress: Progres
     )
 
 
+def _changed(place: Storage, found: Checkpoint | None) -> str | None:
+    """What has become of a checkpoint meanwhile, of which something was wrong; None if it is as it was found.
+
+    found: as it was opened; None if it could not be.
+    """
+    if not place.exists(COMMIT):
+        return "was deleted meanwhile, as a run at work does"
+    try:
+        now = open_checkpoint(place)
+    except CheckpointError:
+        return None
+    if found is not None and now.commit == found.commit:
+        return None
+    return "was written again meanwhile, as a run at work does; verify it once more"
+
+
 def _looked(checkpoints: list[Checkpoint]) -> dict[str, int]:
     objects = [one for checkpoint in checkpoints for one in checkpoint.commit.objects.values()]
     return {"objects": len(objects), "num_bytes": sum(one.num_bytes for one in objects)}
@@ -119,7 +150,9 @@ def _check_record(storage: Storage, where: str, record: RunRecord) -> Iterator[P
     if record.name != own:
         yield Problem(where, None, f"has the name {record.name!r}, and its identity is that of {own!r:.60}")
     called = storage.uri.rpartition("/")[2]
-    if re.search(r"-[0-9a-f]{10}$", called) and called != record.name:
+    # a copy may be called otherwise, and end with a date
+    as_a_run = re.escape(str(record.identity.get("name"))) + "-[0-9a-f]{10}"
+    if re.fullmatch(as_a_run, called) and called != record.name:
         yield Problem(where, None, f"is the record of {record.name!r:.60}, and lies in {called!r}")
 
 
@@ -227,11 +260,11 @@ def _check_history(storage: Storage, there: set[str], step: int) -> Iterator[Pro
         yield Problem(where, None, f"is missing, though step {step} was committed after it")
         return
     try:
-        steps = [int(json.loads(line)["step"]) for line in storage.get(key).decode().splitlines()]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        yield Problem(where, None, "is not rows of metrics in JSON, a line each; the object is damaged")
+        rows = parse_rows(storage.get(key), where)
+    except RecordError as error:
+        yield problem_of(error, where)
         return
-    if any(not 1 <= row <= step for row in steps):
+    if any(not 1 <= row.step <= step for row in rows):
         yield Problem(where, None, f"has rows of other steps than 1 to {step}")
 
 

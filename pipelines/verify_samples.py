@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.config import digest
 from pipelines.errors import printable
+from pipelines.images import stored_shape
 from pipelines.records import RecordError, read_checked
 from pipelines.sample_set import RECORD, SampleSet, SampleSetError, SetRecord, UnitCommit, unit_key
 from pipelines.shards import ShardIndex, parse_index
@@ -24,7 +26,9 @@ def verify_samples(storage: Storage, *, deep: bool = False, progress: Progress |
     the units hold every image once, each shard's and index's SHA-256, and the index against the tar image by image,
     with its CRC32C and its label. With `deep` every image is decoded as well.
 
-    Of a set that is not finished, which is a problem of its own, the units that are committed are checked alike.
+    Of a set that is not finished, which is a problem of its own, the units that are committed are checked alike,
+    but for their labels, which the record would say; all images must then have the shape of the first. A unit that
+    was made again meanwhile is a note.
     `progress(done, total)` counts images. What is wrong is returned, not raised; raises `StorageError` where the
     storage can't be read.
     """
@@ -49,11 +53,18 @@ def verify_samples(storage: Storage, *, deep: bool = False, progress: Progress |
         units = record.units
         problems += _check_record(storage, record)
         problems += _check_commits(found, record, committed)
+    notes: list[str] = []
+    if record is None and units:
+        notes.append(f"whether the images have the labels that were asked for is not known without {RECORD}")
+    shape = record.shape if record is not None else _first_shape(found, units) if deep else None
     total, done = sum(max(0, unit.stop - unit.start) for unit in units), 0
     with ThreadPoolExecutor(_UNITS_AT_ONCE) as pool:
-        checks = pool.map(lambda unit: list(_check_unit(storage, record, unit, deep)), units)
+        checks = pool.map(lambda unit: list(_check_unit(storage, record, shape, unit, deep)), units)
         for unit, wrong in zip(units, checks, strict=True):
-            problems += wrong
+            if wrong and _now(found, unit.unit) not in (None, committed.get(unit.unit)):
+                notes.append(f"unit {unit.unit}: was made again meanwhile; verify it once more")
+            else:
+                problems += wrong
             done += max(0, unit.stop - unit.start)
             if progress is not None:
                 progress(done, total)
@@ -63,9 +74,30 @@ def verify_samples(storage: Storage, *, deep: bool = False, progress: Progress |
         "num_bytes": sum(one.num_bytes for unit in units for one in (unit.shard, unit.index)),
     }
     identity = "" if record is None else digest(record.recipe)
-    return Verified(
-        "sample set", storage.uri, identity, looked, tuple(problems), tuple(_notes(there, units, committed))
-    )
+    notes += _left(there, units, committed)
+    return Verified("sample set", storage.uri, identity, looked, tuple(problems), tuple(notes))
+
+
+def _now(found: SampleSet, number: int) -> UnitCommit | None:
+    """A unit's commit record as it is by now: `ddpm sample` makes a damaged unit again."""
+    try:
+        return found.unit(number)
+    except (SampleSetError, ObjectMissing):
+        return None
+
+
+def _first_shape(found: SampleSet, units: Sequence[UnitCommit]) -> tuple[int, int, int] | None:
+    """The shape of the first image that can be read; None without one."""
+    for unit in units:
+        try:
+            index = parse_index(read_checked(found.storage, unit.index, SampleSetError))
+            tar = read_checked(found.storage, unit.shard, SampleSetError)
+        except (RecordError, ValueError):
+            continue
+        for offset, length in zip(index.offset.tolist(), index.length.tolist(), strict=True):
+            with contextlib.suppress(ValueError):
+                return stored_shape(tar[offset : offset + length])
+    return None
 
 
 def _committed(found: SampleSet, problems: list[Problem]) -> dict[int, UnitCommit]:
@@ -100,7 +132,8 @@ def _check_record(storage: Storage, record: SetRecord) -> Iterator[Problem]:
             )
     own = digest(record.recipe)[:10]
     called = re.search(r"-([0-9a-f]{10})$", storage.uri)
-    if called and called[1] != own:
+    # of digits alone it is rather the date of a copy: one hash in a hundred is
+    if called and called[1] != own and not called[1].isdecimal():
         yield Problem(
             where, None, f"its recipe is that of a set named …-{own}, and this one is …-{called[1]}"
         )
@@ -127,14 +160,18 @@ def _check_commits(
         where = f"{found.uri}/{unit_key(unit.unit)}"
         if unit.unit not in listed:
             yield Problem(where, None, f"is missing, though {RECORD} names the unit")
-        elif unit.unit in committed and committed[unit.unit] != unit:
+        elif committed.get(unit.unit, unit) != unit and _now(found, unit.unit) != unit:
             yield Problem(where, None, f"names other objects or images than {RECORD}")
     for number in sorted(listed - {unit.unit for unit in record.units}):
         yield Problem(f"{found.uri}/{unit_key(number)}", None, f"is no unit of {RECORD}")
 
 
 def _check_unit(
-    storage: Storage, record: SetRecord | None, unit: UnitCommit, deep: bool
+    storage: Storage,
+    record: SetRecord | None,
+    shape: tuple[int, int, int] | None,
+    unit: UnitCommit,
+    deep: bool,
 ) -> Iterator[Problem]:
     """One unit's objects, and what is in them."""
     tar = index = None
@@ -151,30 +188,37 @@ def _check_unit(
         count, shard = unit.stop - unit.start, unit.shard
         yield from check_index(where_index, index, count, shard.num_bytes, shard.sha256, "its unit's record")
         yield from _check_rows(where_index, unit, index, _labels(record))
-    if tar is not None and record is not None:
-        yield from check_samples(where, tar, index, Contents(record.shape, None), deep)
+    if tar is not None:
+        # no shape: not one image could be read, which each of them shows by its CRC32C or when it is decoded
+        yield from check_samples(where, tar, index, Contents(shape or (0, 0, 0), None), deep)
 
 
-def _check_rows(where: str, unit: UnitCommit, index: ShardIndex, labels: Sequence[int]) -> Iterator[Problem]:
-    """Each image's number and label in the index of a unit."""
+def _check_rows(
+    where: str, unit: UnitCommit, index: ShardIndex, labels: Sequence[int] | None
+) -> Iterator[Problem]:
+    """Each image's number in the index of a unit, and its label where those asked for are known."""
     for row, (key, label) in enumerate(zip(index.key.to_pylist(), index.label.tolist(), strict=True)):
         number = unit.start + row
         if key != f"{number:09d}":
             yield Problem(where, printable(key), f"stands where image {number:09d} belongs")
             # the others are then off by as many
             return
+        if labels is None:
+            continue
         asked = labels[number % len(labels)] if labels else -1
         # the label that means of no class, one more than the last, is written as none
         if label != asked and not (label == -1 and asked == max(labels)):
             yield Problem(where, key, f"has the label {label}, and its recipe says {asked}")
 
 
-def _labels(record: SetRecord | None) -> Sequence[int]:
-    labels = record.recipe.get("labels", []) if record is not None else []
+def _labels(record: SetRecord | None) -> Sequence[int] | None:
+    if record is None:
+        return None
+    labels = record.recipe.get("labels", [])
     return labels if isinstance(labels, list) and all(isinstance(label, int) for label in labels) else []
 
 
-def _notes(
+def _left(
     there: dict[str, int], units: Sequence[UnitCommit], committed: dict[int, UnitCommit]
 ) -> Iterator[str]:
     named = {one.key for unit in (*units, *committed.values()) for one in (unit.shard, unit.index)}

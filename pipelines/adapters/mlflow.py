@@ -27,6 +27,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException, RestException
 
 from pipelines.errors import UserError, one_line, without_password
+from pipelines.records import RecordError
 from pipelines.storage import Storage, StorageError
 from pipelines.tracking import TRACKING_RECORD, Row, RunDescription, Turn, flatten, tracked_as
 
@@ -110,7 +111,7 @@ def _create(client: MlflowClient, description: RunDescription, run: Storage) -> 
         client.log_batch(run_id, params=params[start : start + _PARAMS_A_CALL])
     if not run.put_if_absent(TRACKING_RECORD, json.dumps({"run_id": run_id}).encode()):
         client.delete_run(run_id)
-        return str(json.loads(run.get(TRACKING_RECORD))["run_id"])
+        return str(tracked_as(run))
     return run_id
 
 
@@ -203,7 +204,7 @@ class MLflowTracker:
         if not self._silent:
             try:
                 successor = self._turn.successor()
-            except StorageError as error:
+            except (StorageError, RecordError) as error:
                 self._wait(f"whose turn it is to track {self._name} is not known", error)
                 return False
             if successor is not None:

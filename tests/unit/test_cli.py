@@ -20,7 +20,7 @@ import pytest
 
 from infra.local import Stack, StackError
 from jobs import cli, common
-from pipelines import evaluate, features
+from pipelines import evaluate, evaluation_pictures, features
 from pipelines.checkpoints import Checkpoints
 from pipelines.errors import UserError, one_line
 from pipelines.sample_set import SampleSet
@@ -380,7 +380,7 @@ def test_evaluating_again_finds_the_work_done(
         raise Again
 
     monkeypatch.setattr(evaluate, "evaluate", again)
-    monkeypatch.setattr(evaluate, "draw", again)
+    monkeypatch.setattr(evaluation_pictures, "draw", again)
     out = tmp_path / "report"
     code, second, err = ddpm("evaluate", *tiny, "--out", str(out))
     assert (code, err) == (0, "")

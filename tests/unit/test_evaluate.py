@@ -22,12 +22,11 @@ from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
-from pipelines.evaluate import (
-    Evaluation,
+from pipelines.evaluate import Evaluation, evaluate
+from pipelines.evaluation_pictures import draw
+from pipelines.evaluation_record import (
     Finished,
     commit_evaluation,
-    draw,
-    evaluate,
     evaluation_identity,
     evaluation_storage,
     find_evaluation,

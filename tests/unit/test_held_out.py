@@ -144,6 +144,23 @@ def test_guidance_is_part_of_the_chain(dataset: Dataset) -> None:
     assert totals[0] != totals[1]
 
 
+def test_the_bound_of_images_of_no_class_asks_for_none(dataset: Dataset) -> None:
+    def bound(*overrides: str) -> tuple[str, float]:
+        config = every_t("model.num_classes=10", "sampler.kind=ancestral", *overrides)
+        chain = sampler_chain(config)
+        return chain.told(), held_out_bound(dataset, config, network(config), WORKER, None, chain).total
+
+    told, total = bound("sample.labels=[10]")
+    assert told.endswith("x̂_0 clipped, asked for no class")
+    # guided by 0 the network is asked with the classes and what it says of them counts for nothing
+    assert total == pytest.approx(bound("sample.guidance_scale=0")[1], rel=1e-5)
+    assert bound("sample.labels=[10, 10]", "sample.guidance_scale=3") == (told, total)
+    for others in ((), ("sample.labels=[3]",), ("sample.labels=[3, 10]",)):
+        told_of_others, of_others = bound(*others)
+        assert "no class" not in told_of_others
+        assert of_others != pytest.approx(total, rel=1e-4)
+
+
 def test_a_chain_says_which_it_is() -> None:
     def told(*overrides: str) -> str:
         return sampler_chain(tiny_config("sampler.kind=ancestral", *overrides)).told()

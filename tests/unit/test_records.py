@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipelines.records import (
     ObjectRecord,
     RecordError,
     commit_first,
+    parse_json,
     put_recorded,
     read_checked,
     read_record,
@@ -147,3 +149,29 @@ def test_a_version_that_is_not_the_number_is_refused(place: Storage, version: st
     place.put("note.json", f'{{"format_version": {version}, "part": {part}}}'.encode())
     with pytest.raises(OwnError, match=r"has format version .*, this program reads 1"):
         read_record(place, "note.json", Note, 1, OwnError)
+
+
+HOSTILE = {
+    "[" * 100_000: "is not JSON",
+    "[" * 400 + "]" * 400: "is nested more than 50 levels deep",
+    '{"a":' * 60 + "1" + "}" * 60: "is nested more than 50 levels deep",
+    '{"a": [1e999]}': "holds a number that is not finite",
+    '{"a": NaN}': "holds a number that is not finite",
+    "9" * 5000: "is not JSON",
+    "": "is not JSON",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_json_that_would_fell_whoever_reads_on_is_named(place: Storage, text: str) -> None:
+    with pytest.raises(OwnError, match=f"^x: {HOSTILE[text]}"):
+        parse_json(text.encode(), "x", OwnError)
+    place.put("note.json", text.encode())
+    with pytest.raises(RecordError, match=f"^{place.uri}/note.json: {HOSTILE[text]}"):
+        read_record(place, "note.json", Note, 1)
+
+
+def test_json_of_a_handful_of_levels_passes() -> None:
+    text = b"[" * 50 + b"]" * 50
+    assert json.dumps(parse_json(text, "x")).encode() == text
+    assert str(parse_json(b'{"loss": [NaN, 1]}', "x", finite=False)) == "{'loss': [nan, 1]}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ddpm_core.samplers import SamplerConfig
 from pipelines import sample_set as sets
+from pipelines import sampling
 from pipelines.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from pipelines.config import Config
 from pipelines.config_sections import SampleConfig
@@ -155,7 +156,7 @@ def test_a_set_is_made_found_finished_and_read(config: Config, checkpoint: Check
     made = recipe(checkpoint, config)
     found = sample_set(config, made)
     assert found.uri == f"{open_storage(config.storage).uri}/samples/{made.set_name()}"
-    assert not found.is_finished()
+    assert not found.storage.exists(sets.RECORD)
     assert found.committed() == []
     with pytest.raises(UserError, match="no finished sample set here; make it with `ddpm sample`"):
         found.record()
@@ -165,10 +166,10 @@ def test_a_set_is_made_found_finished_and_read(config: Config, checkpoint: Check
     assert pending_units(made, found.committed()) == [1]
     with pytest.raises(UserError):
         found.finish(made)
-    assert not found.is_finished()
+    assert not found.storage.exists(sets.RECORD)
     maker.make(1)
     record = found.finish(made)
-    assert found.is_finished()
+    assert found.storage.exists(sets.RECORD)
     assert (record.count, record.shape, record.levels, record.checkpoint) == (
         10,
         (1, 8, 8),
@@ -308,6 +309,34 @@ def test_a_checkpoint_that_was_replaced_meanwhile(config: Config, checkpoint: Ch
 
 
 # --- units ---
+
+
+def test_a_checkpoint_of_weights_that_are_no_numbers_is_named(
+    checkpoint: Checkpoint, config: Config, tmp_path: Path
+) -> None:
+    learner = Learner(config, CPU)
+    for tensor in learner.ema.tensors.values():
+        tensor.fill_(float("nan"))
+    record = checkpoint.commit.model_dump(include={"seed", "run", "dataset", "config", "metrics", "versions"})
+    broken = Checkpoints(open_storage(str(tmp_path / "run"))).save(learner.state(2), record)
+    with pytest.raises(UserError, match=f"^{broken.uri}: its averaged weights .* hold NaN or ±∞"):
+        UnitMaker(recipe(broken, config), str(tmp_path / "set"), "cpu")
+
+
+def test_a_network_that_gives_no_numbers_is_named_and_nothing_is_written(
+    checkpoint: Checkpoint, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = UnitMaker(recipe(checkpoint, config), str(tmp_path / "set"), "cpu")
+
+    def one_is_none(*_: Any, index: Tensor, shape: tuple[int, ...], **__: Any) -> Tensor:
+        x = torch.zeros(len(index), *shape)
+        x[1, 0, 3, 3] = float("nan")
+        return x
+
+    monkeypatch.setattr(sampling, "sample", one_is_none)
+    with pytest.raises(UserError, match=f"^{checkpoint.uri}: its network gives numbers that are no numbers"):
+        maker.make(1)
+    assert open_storage(str(tmp_path / "set")).list() == []
 
 
 def pixels(value: int, count: int = 4) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +18,19 @@ from mlflow.exceptions import MlflowException, RestException
 
 from pipelines.adapters import mlflow as adapter
 from pipelines.errors import UserError
+from pipelines.records import RecordError
 from pipelines.storage import FileStorage, Storage, StorageError, open_storage
-from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, flatten, open_tracker
+from pipelines.tracking import (
+    History,
+    NoTracker,
+    Row,
+    RunDescription,
+    Tracker,
+    Turn,
+    flatten,
+    open_tracker,
+    tracked_as,
+)
 from tests.support.s3 import free_port
 
 URI = "fake://server"
@@ -67,6 +79,41 @@ def test_an_interval_without_rows(run: Storage) -> None:
     History(run).append(10, [])
     History(run).append(20, [Row(20, {"loss": 1.0})])
     assert [row.step for row in History(run).rows()] == [20]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000, "[" * 500 + "]" * 500, "{", "[]", "7", '{"loss": 1}', '{"step": "4"}', '{"step": 1.5}',
+        '{"step": true}', '{"step": null}', '{"step": 4, "loss": "x"}', '{"step": 4, "loss": [1]}',
+        '{"step": 4, "loss": null}', "\xff",
+    ],
+)  # fmt: skip
+def test_rows_that_are_none_are_one_line_that_names_the_object(run: Storage, line: str) -> None:
+    run.put("history/step-000000010.jsonl", b'{"step": 1, "loss": 2}\n' + line.encode("latin-1"))
+    with pytest.raises(RecordError, match=f"^{run.uri}/history/step-000000010.jsonl: ") as caught:
+        History(run).rows()
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_no_number_is_kept(run: Storage) -> None:
+    History(run).append(10, [Row(10, {"loss": math.nan, "grad_norm": math.inf})])
+    [row] = History(run).rows()
+    assert math.isnan(row.metrics["loss"])
+    assert row.metrics["grad_norm"] == math.inf
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "null", "{}", '{"run_id": 3}', '{"tracker": []}'])
+def test_a_tracking_record_that_is_none_is_one_line_that_names_it(run: Storage, text: str) -> None:
+    run.put("mlflow.json", text.encode())
+    with pytest.raises(RecordError, match=f"^{run.uri}/mlflow.json: "):
+        tracked_as(run)
+    turn = Turn(run)
+    assert turn.successor() is None
+    run.put("tracker.json", text.encode())
+    with pytest.raises(RecordError, match=f"^{run.uri}/tracker.json: "):
+        turn.successor()
 
 
 def test_flatten() -> None:
@@ -472,6 +519,24 @@ def test_of_two_trainers_the_last_one_started_tells_and_each_row_comes_once(
     second.finish(failed=False)
     assert server.only["status"] == "FINISHED"
     assert told(caplog) == [message]
+
+
+def test_a_damaged_record_of_whose_turn_it_is_does_not_end_the_training(
+    run: Storage, server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    tracker = opened(run)
+    tracker.log(rows(1))
+    run.put("tracker.json", b"[" * 100_000)
+    with caplog.at_level(logging.WARNING, "pipelines"):
+        tracker.log(rows(2))
+        tracker.finish(failed=False)
+    assert sent_steps(server) == [1]
+    assert "tracker.json: is not JSON" in told(caplog)[0]
+    # the next one writes itself there and sends what is missing
+    again = opened(run)
+    again.log(rows(1, 2))
+    assert sent_steps(server) == [1, 2]
 
 
 def test_what_the_first_one_had_on_its_way_is_not_sent_again(

@@ -610,6 +610,17 @@ def test_a_folder_of_another_run_is_refused(config: Config) -> None:
     run.storage.put("run.json", b'{"format_version": 1, "name": "x", "identity": {"seed": 99}}')
     with pytest.raises(UserError, match=r"run\.json: belongs to another run"):
         claim(run)
+    hostile = b'{"format_version": 1, "name": "x", "identity": %s}'
+    for identity, told in (
+        (b'{"a":' * 900 + b"1" + b"}" * 900, "is nested more than"),
+        (b'{"seed": NaN}', "holds a number that is not finite"),
+        (b'{"seed": 1e999}', "holds a number that is not finite"),
+        (b"[3]", "identity: Input should be a valid dictionary"),
+        (b"null", "identity: Input should be a valid dictionary"),
+    ):
+        run.storage.put("run.json", hostile % identity)
+        with pytest.raises(UserError, match=rf"^{run.storage.uri}/run\.json: {told}"):
+            claim(run)
     run.storage.put("run.json", b'{"format_version": 1, "na')
     with pytest.raises(UserError, match=r"run\.json: is not JSON; the object is damaged$"):
         claim(run)

@@ -15,7 +15,7 @@ from ddpm_core.samplers import sample
 from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.errors import UserError
-from pipelines.evaluate import _frames
+from pipelines.evaluation_pictures import _frames
 from pipelines.held_out import held_out_bound
 from pipelines.images import encode_png, to_uint8
 from pipelines.sample_recipe import Recipe, recipe_of

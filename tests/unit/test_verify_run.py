@@ -330,3 +330,87 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ddpm_verify(str(run), "--json") == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["whole"], len(told["problems"]), told["checkpoints"]) == ("run", False, 2, 2)
+
+
+def test_a_run_at_work_that_prunes_meanwhile_is_no_damage(run: Path) -> None:
+    storage = open_storage(str(run))
+
+    def prune(done: int, total: int) -> None:
+        if done == 1:
+            Checkpoints(storage).prune(1)
+
+    # without a measured bound the older one is not kept as the best
+    edit_json(run / "checkpoints/step-000000002/commit.json", metrics={})
+    found = verify(str(run), progress=prune)
+    assert found.problems == ()
+    assert found.notes == ("step-000000002: was deleted meanwhile, as a run at work does",)
+    assert verify(str(run)).problems == ()
+
+
+def test_a_checkpoint_that_is_written_again_meanwhile_is_no_damage(run: Path) -> None:
+    path = object_of(run, "optimizer")
+    whole = path.read_bytes()
+
+    def write(done: int, total: int) -> None:
+        # of ten objects the last checkpoint's are the last five
+        if done == 6 and path.exists():
+            path.rename(path.with_name("optimizer-again.safetensors"))
+            values = json.loads((run / COMMIT).read_text())
+            values["objects"]["optimizer"]["key"] = "optimizer-again.safetensors"
+            (run / COMMIT).write_text(json.dumps(values))
+
+    found = verify(str(run), progress=write)
+    assert found.problems == ()
+    [note] = [note for note in found.notes if "written again" in note]
+    assert note.startswith("step-000000004: ")
+    # but what stays as it was found is damage
+    path.with_name("optimizer-again.safetensors").write_bytes(whole[:-1])
+    assert len(lines(run)) == 1
+
+
+def test_rows_of_metrics_that_come_with_their_checkpoint_meanwhile_are_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = run.parent / "away"
+    (run / STEP).rename(away)
+    rows = run / "history/step-000000004.jsonl"
+    text = rows.read_text()
+    rows.unlink()
+    steps = Checkpoints.steps
+
+    def commit(checkpoints: Checkpoints) -> list[int]:
+        rows.write_text(text)
+        away.rename(run / STEP)
+        return steps(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "steps", commit)
+    assert lines(run) == []
+
+
+def test_a_checkpoint_without_its_commit_record_is_named_once(run: Path) -> None:
+    (run / COMMIT).unlink()
+    [problem] = verify(str(run / STEP)).problems
+    assert str(problem) == f"{(run / STEP).as_uri()}: no committed checkpoint here (commit.json is missing)"
+
+
+@pytest.mark.parametrize("name", ["backup-2026010203", "copy", "tiny-2026-0123456789"])
+def test_a_copy_may_be_called_as_one_likes(run: Path, name: str) -> None:
+    copy = run.parent / name
+    shutil.copytree(run, copy)
+    assert lines(copy) == []
+
+
+def test_a_checkpoint_that_is_deleted_before_it_is_opened_is_no_damage(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Checkpoints.steps
+
+    def delete(checkpoints: Checkpoints) -> list[int]:
+        found = steps(checkpoints)
+        shutil.rmtree(run / STEP)
+        return found
+
+    monkeypatch.setattr(Checkpoints, "steps", delete)
+    found = verify(str(run))
+    assert found.problems == ()
+    assert found.notes == ("step-000000004: was deleted meanwhile, as a run at work does",)

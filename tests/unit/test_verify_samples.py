@@ -325,3 +325,85 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         2,
         10,
     )
+
+
+def test_a_set_of_classes_that_is_not_finished_has_no_other_problem(tmp_path: Path) -> None:
+    place = made(tmp_path, replace(RECIPE, num_classes=3), finish=False)
+    assert "samples.json: is missing" in only(place, deep=True)
+    [note] = verify(str(place)).notes
+    assert note.startswith("whether the images have the labels that were asked for is not known")
+
+
+@pytest.mark.parametrize("image", [b"words", encode_png(random_images(1, (3, 8, 8))[0])])
+def test_the_images_of_a_set_that_is_not_finished_are_checked_too(tmp_path: Path, image: bytes) -> None:
+    place = made(tmp_path, finish=False)
+    good = [encode_png(one) for one in random_images(4)]
+    packed = pack(Sample(f"{4 + row:09d}", image if row == 2 else good[row]) for row in range(4))
+
+    def put(tar: bytes, index: bytes) -> None:
+        for kind, data in (("tar", tar), ("index.parquet", index)):
+            shard(place, 1, kind).write_bytes(data)
+        edit_json(
+            place / UNIT,
+            shard__num_bytes=len(tar), shard__sha256=sha256(tar),
+            index__num_bytes=len(index), index__sha256=sha256(index),
+        )  # fmt: skip
+
+    put(packed.tar, packed.index)
+    assert "samples.json: is missing" in only(place)
+    assert f"{shard(place, 1).name}: sample '000000006': " in lines(place, deep=True)[1]
+    table = pq.read_table(pa.BufferReader(packed.index))
+    columns = table.to_pydict()
+    columns["crc32c"][1] = 3
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=table.schema), file)
+    put(packed.tar, file.getvalue())
+    assert "sample '000000005': its bytes do not have the CRC32C" in lines(place)[1]
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_a_unit_that_is_made_again_meanwhile_is_no_damage(tmp_path: Path, finish: bool) -> None:
+    place = made(tmp_path, finish=finish)
+    before = lines(place)
+    old = shard(place, 2)
+    old.write_bytes(b"damaged")
+
+    def make_again(done: int, total: int) -> None:
+        if done == 4:
+            images = torch.from_numpy(random_images(10, seed=5))
+            SampleSet(open_storage(str(place))).write_unit(RECIPE, 2, images[8:])
+
+    assert len(lines(place)) == len(before) + 1
+    found = verify(str(place), progress=make_again)
+    assert not old.exists()
+    assert [str(problem).replace(place.as_uri(), "SET") for problem in found.problems] == before
+    assert any(note.startswith("unit 2: was made again") for note in found.notes)
+    # what its own record names stays damage, also where the record of the whole names something else
+    shard(place, 2).write_bytes(b"damaged")
+    assert len(lines(place)) > len(before)
+    assert not any("made again" in note for note in verify(str(place)).notes)
+
+
+def test_a_copy_may_end_with_a_date(place: Path) -> None:
+    copy = place.parent / "backup-2026010203"
+    shutil.copytree(place, copy)
+    assert lines(copy) == []
+    other = place.parent / "tiny-012345678a"
+    place.rename(other)
+    assert "its recipe is that of a set named" in only(other)
+
+
+def test_a_set_that_is_made_whole_before_its_record_is_read_is_no_damage(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(place, 2).write_bytes(b"damaged")
+    record = SampleSet.record
+
+    def mend(found: SampleSet) -> Any:
+        monkeypatch.setattr(SampleSet, "record", record)
+        found.write_unit(RECIPE, 2, torch.from_numpy(random_images(10, seed=5))[8:])
+        found.finish(RECIPE)
+        return found.record()
+
+    monkeypatch.setattr(SampleSet, "record", mend)
+    assert lines(place) == []
