@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_numbers, require_int
+from ddpm_core._checks import check_floating, check_numbers, require_int, values_are_at_hand
 from ddpm_core._units import LN_2
 
 _LN_2_PI = math.log(2.0 * math.pi)
@@ -60,7 +60,7 @@ def log_mass_of_level(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int) -
 
 
 def _check_sigma(log_scale: Tensor) -> None:
-    if log_scale.device.type == "cpu" and bool(log_scale.detach().isinf().any()):
+    if values_are_at_hand(log_scale) and bool(log_scale.detach().isinf().any()):
         raise ValueError("log_scale: must be finite, got a sigma of 0 or inf, for which there is no bound")
 
 

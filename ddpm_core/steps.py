@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_same_shape, require
+from ddpm_core._checks import check_same_shape, check_tensor, require, require_number
 from ddpm_core.process import LinearGaussianProcess, shifted
 from ddpm_core.reverse import ReverseProcess
 
@@ -55,6 +55,7 @@ def advance(
 
     Raises ValueError naming the argument that has not the shape of x_t.
     """
+    check_tensor("x_t", x_t)
     check_same_shape("pred_x_start", pred_x_start, "x_t", x_t)
     if other is not None:
         check_same_shape("other", other, "x_t", x_t)
@@ -87,6 +88,7 @@ def ddim_tables(process: LinearGaussianProcess, eta: float = 0.0) -> StepTables:
 
     ε̂ = (x_t − a_t·x̂_0)/b_t, so that it and x̂_0 always fit x_t, clipped or not. eta in [0, 1].
     """
+    require_number("eta", eta)
     require(0 <= eta <= 1, "eta", "between 0 and 1", eta)
     loss = process.snr_loss  # 1 − r²
     # b²_{t−1} − σ² = (b_{t−1}·keep)², which cannot round below zero

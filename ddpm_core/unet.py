@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_core._checks import require, require_int
+from ddpm_core._checks import require, require_int, require_number
 from ddpm_core.conditioning import ConditionedNetwork, NetworkConfig
 from ddpm_core.conditioning import timestep_embedding as timestep_embedding
 from ddpm_core.unet_blocks import (
@@ -84,6 +84,7 @@ class UNetConfig(NetworkConfig):
             f"among the network's resolutions {self.resolutions}",
             self.attention_resolutions,
         )
+        require_number("dropout", self.dropout)
         require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
         require(
             all(c % self.num_groups == 0 for c in self.widths),
@@ -187,7 +188,7 @@ class UNet(ConditionedNetwork):
 
         t: int64 `[B]`, zero-based; with conditioning "log_snr" the floating-point log-SNR `[B]`, ±inf included.
         labels: int64 `[B]` in 0..num_classes, num_classes meaning no class; None means no class for all.
-        Raises ValueError naming the argument whose shape, dtype or range is wrong.
+        Raises ValueError naming the argument whose shape, dtype or range is wrong; a NaN in x_t passes.
         """
         self.check(x_t, t, labels)
         temb = self.embed(t, labels)
