@@ -35,8 +35,8 @@ def require_number(name: str, value: Any, *, none: str = "") -> None:
     require(isinstance(value, Real) and not isinstance(value, bool), name, f"a number{rest}", value)
 
 
-def require_sizes(name: str, value: Any, least: int) -> None:
-    """value must be a sequence of whole numbers of at least `least`."""
+def require_sizes(name: str, value: Any, least: int | None = None) -> None:
+    """value must be a sequence of whole numbers, of at least `least` each if that is given."""
     ok = isinstance(value, Sequence) and not isinstance(value, str)
     require(ok, name, "a tuple of ints", value)
     for size in value:

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_core._checks import require, require_int, require_number
+from ddpm_core._checks import require, require_int, require_number, require_sizes
 from ddpm_core.conditioning import ConditionedNetwork, NetworkConfig
 from ddpm_core.conditioning import timestep_embedding as timestep_embedding
 from ddpm_core.unet_blocks import (
@@ -60,8 +60,8 @@ class UNetConfig(NetworkConfig):
         for name in ("base_channels", "num_res_blocks", "num_groups", "num_heads"):
             require_int(name, getattr(self, name), 1)
         for name, values in (("channel_mults", mults), ("attention_resolutions", self.attention_resolutions)):
-            for value in values:
-                require_int(name, value)
+            require_sizes(name, values)
+        require_number("dropout", self.dropout)
         require_int("head_channels", self.head_channels, 1, none="null")
         require(len(mults) >= 1 and min(mults) >= 1, "channel_mults", "one or more positive integers", mults)
         divisor = 2 ** (len(mults) - 1)
@@ -84,7 +84,6 @@ class UNetConfig(NetworkConfig):
             f"among the network's resolutions {self.resolutions}",
             self.attention_resolutions,
         )
-        require_number("dropout", self.dropout)
         require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
         require(
             all(c % self.num_groups == 0 for c in self.widths),
