@@ -91,6 +91,7 @@ def check_timesteps(t: Tensor, num_timesteps: int, like: Tensor) -> None:
     t >= num_timesteps.
     """
     check_index(t, "t")
+    check_tensor("like", like)
     if like.dim() < 1 or t.shape[0] != like.shape[0]:
         raise ValueError(f"t: must have one entry a sample, got {t.shape[0]} for a batch {list(like.shape)}")
     if t.numel() and values_are_at_hand(t):

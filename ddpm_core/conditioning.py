@@ -189,7 +189,7 @@ def log_snr_embedding(log_snr: Tensor, channels: int) -> Tensor:
 def _check_batch(name: str, values: Tensor, x_t: Tensor) -> None:
     if values.shape[0] != x_t.shape[0]:
         raise ValueError(
-            f"{name}: must have one entry a sample, got {values.shape[0]} for {x_t.shape[0]} samples"
+            f"{name}: must have one entry a sample, got {values.shape[0]} for a batch {list(x_t.shape)}"
         )
 
 

@@ -349,6 +349,7 @@ def _terms(chain: Chain, path: Sequence[Tensor], log_q: list[Tensor]) -> PathTer
 
 def _checked(chain: Chain, path: Sequence[Tensor]) -> list[Tensor]:
     """The path in float32 at least."""
+    require(isinstance(path, Sequence | Tensor), "path", "a list of states", path)
     require(len(path) == chain.num_timesteps + 1, "path", f"{chain.num_timesteps + 1} states", len(path))
     for state in path:
         check_numbers("path", state)

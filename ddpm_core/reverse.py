@@ -146,8 +146,8 @@ class ReverseProcess:
 
         From the error of the output, not from two images: their difference would cancel near t = 0.
         """
-        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         prediction, _ = self._split(output, x_start, "x_start")
+        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         check_floating("noise", noise)
         check_same_shape("noise", noise, "x_start", x_start)
         x_start, noise = x_start.to(dtype), noise.to(dtype)

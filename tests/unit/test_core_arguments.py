@@ -10,6 +10,7 @@ from torch import nn
 
 from ddpm_core import (
     EMA,
+    DiffusionChain,
     DiTConfig,
     GaussianHierarchy,
     HalfLife,
@@ -27,6 +28,7 @@ from ddpm_core import (
     ema_decay,
     guided,
     karras_log_snr,
+    path_terms,
     q_sample,
     rng,
     sample,
@@ -102,6 +104,7 @@ MEANINGLESS: list[tuple[str, Callable[[], object]]] = [
     ("x_start", lambda: dynamic_threshold(X[:, :, :0], 0.9)),
     ("channel_mults", lambda: UNetConfig(8, 1, channel_mults=2)),  # type: ignore[arg-type]
     ("dims", lambda: GaussianHierarchy(3)),  # type: ignore[arg-type]
+    ("path", lambda: path_terms(DiffusionChain(network, REVERSE), 3)),  # type: ignore[arg-type]
     ("null_label", lambda: drop_labels(INDEX, 4.5, 0.5, 0, INDEX)),  # type: ignore[arg-type]
 ]
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_core import (
     DiT,
     DiTConfig,
+    ObjectiveConfig,
     SamplerConfig,
     Schedule,
     ScheduleConfig,
@@ -23,10 +24,11 @@ from ddpm_core import (
     q_sample,
     sample,
     simple_loss,
+    training_loss,
     trajectory,
 )
 from ddpm_core._checks import check_finite, check_timesteps, values_are_at_hand
-from tests.support.core_example import awake, network
+from tests.support.core_example import awake, network, wide_network
 
 SHORT = Schedule.from_config(ScheduleConfig(num_timesteps=6, beta_start=0.02, beta_end=0.6))
 X, NOISE, T = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4), torch.tensor([0, 2, 5])
@@ -143,6 +145,21 @@ def test_what_a_network_says_passes_into_the_image(config: UNetConfig | DiTConfi
     sampler = SamplerConfig(kind=kind, num_steps=3, eta=0.5, clip=False)  # type: ignore[arg-type]
     image = sample(as_eps_theta(net, SHORT), SHORT, sampler, seed=0, index=INDEX, shape=(2, 4, 4))
     assert bool(image.isnan().all())
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("channel", [0, 2], ids=["prediction", "variance"])
+@pytest.mark.parametrize("loss", ["vlb", "hybrid"])
+def test_what_a_network_says_passes_into_the_loss(said: float, channel: int, loss: str) -> None:
+    def spoilt(x_t: Tensor, t: Tensor) -> Tensor:
+        output = wide_network(x_t, t).clone()
+        output[1, channel] = said
+        return output
+
+    objective = ObjectiveConfig(loss=loss, variance_type="learned_range")  # type: ignore[arg-type]
+    for t in (T, T.roll(1), T.roll(2)):  # the decoder's term, and others
+        found = training_loss(spoilt, SHORT, objective, X, t, NOISE, levels=9)
+        assert found.isfinite().tolist() == [True, False, True]
 
 
 def test_it_passes_on_from_the_step_that_says_it() -> None:
