@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, require, require_int
+from ddpm_core._checks import check_floating, require, require_int, require_number
 from ddpm_core._identity import config_identity
 
 ScheduleKind: TypeAlias = Literal[
@@ -35,6 +35,10 @@ REFERENCE_TIMESTEPS = 1000
 """The T for which the β range of "linear_scaled" is given."""
 
 _MOST_LOGIT = 700.0
+_NUMBERS = (
+    *("beta_start", "beta_end", "cosine_s", "beta_max", "warmup_fraction", "sigmoid_start", "sigmoid_end"),
+    *("sigmoid_tau", "log_snr_max", "log_snr_min"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class ScheduleConfig:
             self.kind,
         )
         require_int("num_timesteps", self.num_timesteps, 1)
+        for name in _NUMBERS:
+            require_number(name, getattr(self, name))
         require(0 < self.beta_start < 1, "beta_start", "between 0 and 1, both excluded", self.beta_start)
         require(
             self.beta_start <= self.beta_end < 1,

@@ -267,6 +267,7 @@ class BoundAccumulator:
         that is wrong; NaN and ±∞ in x_start are noticed on the CPU.
         """
         check_index(index)
+        check_floating("x_start", x_start)
         if x_start.dim() < 2 or x_start.shape[0] != index.shape[0]:
             raise ValueError(
                 f"x_start: must hold one image an index ({index.shape[0]}), got {list(x_start.shape)}"

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, require, require_int
+from ddpm_core._checks import check_floating, check_tensor, require, require_int, require_number
 from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.respacing import check_num_steps
 from ddpm_core.types import EpsTheta
@@ -22,6 +22,8 @@ def karras_log_snr(largest: float, smallest: float, num_points: int, rho: float 
     Karras et al. 2022, arXiv:2206.00364, Eq. 5, without its σ = 0. One point is smallest alone.
     Raises ValueError naming the argument that is wrong.
     """
+    for name, value in (("largest", largest), ("smallest", smallest), ("rho", rho)):
+        require_number(name, value)
     require(math.isfinite(smallest), "smallest", "finite", smallest)
     require(smallest < largest < math.inf, "largest", f"finite and above smallest ({smallest})", largest)
     require_int("num_points", num_points, 1)
@@ -77,6 +79,7 @@ def retimed(eps_theta: EpsTheta, times: Tensor) -> EpsTheta:
     times `[S]`: the chain's log_snr for a network of the log-SNR, `nearest_timesteps` for one of integer t.
     Raises ValueError naming times if it has another shape.
     """
+    check_tensor("times", times)
     if times.dim() != 1:
         raise ValueError(f"times: must have the shape [S], got {list(times.shape)}")
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ddpm_core._checks import check_finite, check_floating, check_index, require, require_int
+from ddpm_core._checks import (
+    check_floating,
+    check_index,
+    check_tensor,
+    require,
+    require_int,
+    values_are_at_hand,
+)
 from ddpm_core._identity import config_identity
 
 Conditioning: TypeAlias = Literal["timestep", "log_snr"]
@@ -105,14 +112,17 @@ class ConditionedNetwork(nn.Module):
         return block(*states)
 
     def check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
-        """Raises ValueError naming the argument whose shape, dtype or range is wrong."""
+        """Raises ValueError naming the argument whose shape, dtype or range is wrong.
+
+        Whether x_t is finite is not asked: within a sampler's loop a NaN in x_t is what the network itself said.
+        """
+        check_floating("x_t", x_t)
         config = self.config
         expected = (config.in_channels, config.image_size, config.image_size)
         if x_t.dim() != 4 or tuple(x_t.shape[1:]) != expected:
             raise ValueError(
                 f"x_t: must have the shape [B, {', '.join(map(str, expected))}], got {list(x_t.shape)}"
             )
-        check_floating("x_t", x_t)
         dtype = self.time_dense_0.weight.dtype
         if x_t.dtype != dtype and not torch.is_autocast_enabled(x_t.device.type):
             raise ValueError(f"x_t: must have the weights' dtype {dtype}, got {x_t.dtype}")
@@ -124,7 +134,6 @@ class ConditionedNetwork(nn.Module):
         _check_batch(name, t, x_t)
         if labels is not None:
             self._check_labels(labels, x_t)
-        check_finite("x_t", x_t)
 
     def _check_labels(self, labels: Tensor, x_t: Tensor) -> None:
         num_classes = self.config.num_classes
@@ -132,8 +141,8 @@ class ConditionedNetwork(nn.Module):
             raise ValueError("labels: must be None, since the network has no num_classes")
         check_index(labels, "labels")
         _check_batch("labels", labels, x_t)
-        # on an accelerator the check would wait for all work in flight, and the look-up has its own
-        if labels.device.type == "cpu" and labels.numel():
+        # elsewhere the look-up has a check of its own
+        if labels.numel() and values_are_at_hand(labels):
             low, high = (int(value) for value in torch.aminmax(labels))
             if low < 0 or high > num_classes:
                 wrong = low if low < 0 else high
@@ -143,7 +152,19 @@ class ConditionedNetwork(nn.Module):
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
-    """t `[B]` to float32 `[B, channels]`: [sin(t·f_i), cos(t·f_i)], f_i = 10000^(−i/(channels/2 − 1))."""
+    """t `[B]` to float32 `[B, channels]`: [sin(t·f_i), cos(t·f_i)], f_i = 10000^(−i/(channels/2 − 1)).
+
+    Raises ValueError naming t if it is no tensor `[B]`, and channels unless it is even and at least 4.
+    """
+    check_tensor("t", t)
+    if t.dim() != 1:
+        raise ValueError(f"t: must have the shape [B], got {list(t.shape)}")
+    require(
+        isinstance(channels, int) and channels >= 4 and channels % 2 == 0,
+        "channels",
+        "even and at least 4",
+        channels,
+    )
     half = channels // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.to(torch.float32)[:, None] * torch.exp(steps * (-math.log(_MAX_PERIOD) / (half - 1)))[None, :]
@@ -168,7 +189,7 @@ def log_snr_embedding(log_snr: Tensor, channels: int) -> Tensor:
 def _check_batch(name: str, values: Tensor, x_t: Tensor) -> None:
     if values.shape[0] != x_t.shape[0]:
         raise ValueError(
-            f"{name}: must have one entry a sample, got {values.shape[0]} for {x_t.shape[0]} samples"
+            f"{name}: must have one entry a sample, got {values.shape[0]} for a batch {list(x_t.shape)}"
         )
 
 
@@ -176,5 +197,5 @@ def _check_log_snr(log_snr: Tensor) -> None:
     check_floating("log_snr", log_snr)
     if log_snr.dim() != 1:
         raise ValueError(f"log_snr: must have the shape [B], got {list(log_snr.shape)}")
-    if log_snr.device.type == "cpu" and bool(log_snr.isnan().any()):
+    if values_are_at_hand(log_snr) and bool(log_snr.isnan().any()):
         raise ValueError("log_snr: must be a number or ±inf, got nan")

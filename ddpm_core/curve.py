@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_floating, check_same_shape, require
+from ddpm_core._checks import check_finite, check_floating, check_same_shape, require, require_number
 
 Curve: TypeAlias = Callable[[Tensor], Tensor]
 """m(log-SNR): the mean squared error of x̂_0 a dimension, float64 `[N]` → float64 `[N]`, finite at −∞ too.
@@ -83,8 +83,10 @@ def snr_integral(curve: Curve, low: float, high: float) -> float:
 
     A MeasuredCurve knows its own; any other is integrated by Gauss–Legendre quadrature in panels of 1 in λ, to
     rounding for a curve that is analytic and does not change within a fraction of a panel.
-    Raises ValueError unless low ≤ high < ∞.
+    Raises ValueError unless low ≤ high < ∞, and naming curve if its values are not finite.
     """
+    require_number("low", low)
+    require_number("high", high)
     require(high < math.inf, "high", "finite", high)
     require(low <= high, "low", f"at most high ({high})", low)
     if isinstance(curve, MeasuredCurve):
@@ -97,7 +99,11 @@ def snr_integral(curve: Curve, low: float, high: float) -> float:
     width = (high - low) / panels
     centre = low + width * (torch.arange(panels, dtype=torch.float64) + 0.5)
     log_snr = (centre[:, None] + 0.5 * width * node).flatten()
-    values = (curve(log_snr) * log_snr.exp()).reshape(panels, -1)
+    error = curve(log_snr)
+    check_floating("curve", error)
+    check_same_shape("curve", error, "its argument", log_snr)
+    check_finite("curve", error)
+    values = (error * log_snr.exp()).reshape(panels, -1)
     return float((values * weight).sum()) * 0.5 * width
 
 

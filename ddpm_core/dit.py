@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_core._checks import require, require_int
+from ddpm_core._checks import require, require_int, require_number
 from ddpm_core.conditioning import ConditionedNetwork, NetworkConfig
 
 _NORM_EPS = 1e-6
@@ -60,6 +60,7 @@ class DiTConfig(NetworkConfig):
             f"a divisor of hidden_size {self.hidden_size}",
             self.num_heads,
         )
+        require_number("mlp_ratio", self.mlp_ratio)
         require(
             0 < self.mlp_ratio < float("inf") and int(self.mlp_ratio * self.hidden_size) >= 1,
             "mlp_ratio",

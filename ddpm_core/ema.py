@@ -7,11 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm_core._checks import require, require_int
+from ddpm_core._checks import (
+    check_finite,
+    check_floating,
+    check_tensor,
+    require,
+    require_int,
+    require_number,
+)
 
 
 def ema_decay(decay: float, warmup: bool, step: int) -> float:
-    """The decay at step (0 for the first update): min(decay, (1 + step)/(10 + step)) with warm-up."""
+    """The decay at step (0 for the first update): min(decay, (1 + step)/(10 + step)) with warm-up.
+
+    decay: 0 <= decay < 1. Raises ValueError naming the argument that is out of range.
+    """
+    _check_decay(decay)
+    require_int("step", step, 0)
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
@@ -33,6 +45,8 @@ class HalfLife:
     ramp_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        require_number("images", self.images)
+        require_number("ramp_ratio", self.ramp_ratio, none="None")
         require(self.images > 0 and math.isfinite(self.images), "images", "positive and finite", self.images)
         require_int("batch_size", self.batch_size, 1)
         ramp = self.ramp_ratio
@@ -66,7 +80,7 @@ class EMA:
         if isinstance(decay, HalfLife):
             require(not warmup, "warmup", "False with a half-life, which has ramp_ratio for this", warmup)
         else:
-            require(0 <= decay < 1, "decay", "at least 0 and below 1", decay)
+            _check_decay(decay)
         self.decay = decay
         self.warmup = warmup
         self._parameter_names = tuple(name for name, _ in model.named_parameters())
@@ -110,14 +124,21 @@ class EMA:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the `tensors` of a checkpoint. Raises ValueError if names or shapes differ."""
+        """Take over the `tensors` of a checkpoint.
+
+        Raises ValueError if names or shapes differ, or if an average, other than a buffer's copy, is not finite.
+        """
         self._check_names(tensors)
         for name, tensor in self.tensors.items():
+            check_tensor(f"tensors[{name!r}]", tensors[name])
             if tensors[name].shape != tensor.shape:
                 raise ValueError(
                     f"tensors[{name!r}]: must have the shape {list(tensor.shape)}, "
                     f"got {list(tensors[name].shape)}"
                 )
+        for name in self._parameter_names:
+            check_floating(f"tensors[{name!r}]", tensors[name])
+            check_finite(f"tensors[{name!r}]", tensors[name])
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
 
@@ -128,3 +149,8 @@ class EMA:
             raise ValueError(
                 f"tensors: must have the names of the averaged model, got a difference in {different[:3]}"
             )
+
+
+def _check_decay(decay: float) -> None:
+    require_number("decay", decay)
+    require(0 <= decay < 1, "decay", "at least 0 and below 1", decay)

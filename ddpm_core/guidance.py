@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_index, require, require_int
+from ddpm_core._checks import check_index, require, require_int, require_number
 from ddpm_core.types import EpsTheta
 
 ConditionalNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,6 +27,7 @@ def guided(network: ConditionalNetwork, labels: Tensor, null_label: int, scale: 
     """
     check_index(labels, "labels")
     require_int("null_label", null_label)
+    require_number("scale", scale)
     require(math.isfinite(scale), "scale", "finite", scale)
     both_labels = torch.cat((labels, torch.full_like(labels, null_label)))
 

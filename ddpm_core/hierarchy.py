@@ -22,7 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import rng
-from ddpm_core._checks import check_batch, check_floating, check_index, check_numbers, require, require_int
+from ddpm_core._checks import (
+    check_batch,
+    check_floating,
+    check_index,
+    check_numbers,
+    require,
+    require_int,
+    require_sizes,
+)
 from ddpm_core._units import LN_2
 from ddpm_core.decoder import gaussian_log_density, log_mass_of_level
 from ddpm_core.reverse import ReverseProcess
@@ -271,9 +279,8 @@ class GaussianHierarchy(nn.Module):
 
     def __init__(self, dims: Sequence[int], hidden: int | None = None) -> None:
         super().__init__()
+        require_sizes("dims", dims, 1)
         require(len(dims) >= 2, "dims", "the data's dimension and one or more latents'", tuple(dims))
-        for dim in dims:
-            require_int("dims", dim, 1)
         pairs = list(pairwise(dims))
         self.encoders = nn.ModuleList(GaussianLayer(below, above, hidden) for below, above in pairs)
         self.decoders = nn.ModuleList(GaussianLayer(above, below, hidden) for below, above in pairs)
@@ -310,6 +317,7 @@ def _encode(chain: Chain, x: Tensor, noise: PathNoise) -> tuple[list[Tensor], li
 
 def _noise_of(x: Tensor, seed: int, index: Tensor) -> PathNoise:
     check_index(index)
+    check_floating("x", x)
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
         raise ValueError(f"x: must hold one sample an index ({index.shape[0]}), got {list(x.shape)}")
 
@@ -341,6 +349,7 @@ def _terms(chain: Chain, path: Sequence[Tensor], log_q: list[Tensor]) -> PathTer
 
 def _checked(chain: Chain, path: Sequence[Tensor]) -> list[Tensor]:
     """The path in float32 at least."""
+    require(isinstance(path, Sequence | Tensor), "path", "a list of states", path)
     require(len(path) == chain.num_timesteps + 1, "path", f"{chain.num_timesteps + 1} states", len(path))
     for state in path:
         check_numbers("path", state)

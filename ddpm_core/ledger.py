@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_finite, check_floating, check_same_shape, require
+from ddpm_core._checks import check_finite, check_floating, check_same_shape, require, require_number
 from ddpm_core._units import LN_2
 from ddpm_core.curve import Curve, MeasuredCurve, snr_integral
 from ddpm_core.process import LinearGaussianProcess
@@ -99,7 +99,9 @@ def bound_from_curve(
     mean_square: E[x_0²] a dimension, for the prior term. "analytic" takes the curve's own m.
     Raises ValueError for "learned_range", or a mean_square below 0.
     """
-    require(mean_square >= 0, "mean_square", "at least 0", mean_square)
+    require_number("decoder", decoder)
+    require_number("mean_square", mean_square)
+    require(0 <= mean_square < math.inf, "mean_square", "at least 0 and finite", mean_square)
     error = curve(process.log_snr)
     # x̂_0 is what the curve speaks of; asking for ε would refuse processes that end without signal
     reverse = ReverseProcess(process, "x_start", variance_type, clip=False, x_start_mse=error)

@@ -12,10 +12,12 @@ from ddpm_core._checks import (
     check_alike,
     check_batch,
     check_finite,
+    check_floating,
     check_index,
     check_same_shape,
     require,
     require_int,
+    require_number,
 )
 from ddpm_core._identity import config_identity
 from ddpm_core._memory import of_process
@@ -70,6 +72,8 @@ class ObjectiveConfig:
         _choice("weighting", self.weighting, "uniform", "snr", "min_snr", "p2")
         _choice("variance_type", self.variance_type, "fixed_small", "fixed_large", "learned_range")
         _choice("timestep_sampling", self.timestep_sampling, "uniform", "loss_second_moment")
+        for name in ("min_snr_gamma", "p2_k", "p2_gamma", "vlb_weight", "label_dropout"):
+            require_number(name, getattr(self, name))
         for name in ("min_snr_gamma", "p2_k"):
             value = getattr(self, name)
             require(0 < value < math.inf, name, "positive and finite", value)
@@ -165,6 +169,7 @@ def _simple_loss(
 ) -> Tensor:
     x_t = diffused(process, x_start, t, noise)
     prediction = eps_theta(x_t, t)
+    check_floating("eps_theta's output", prediction)
     check_same_shape("eps_theta's output", prediction, "x_t", x_t)
     dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
     target = target_of(process, prediction_type, x_start.to(dtype), t, noise.to(dtype))
@@ -217,6 +222,8 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, seed: int, 
     check_index(labels, "labels")
     check_index(index)
     check_same_shape("labels", labels, "index", index)
+    require_int("null_label", null_label)
+    require_number("probability", probability)
     require(0 <= probability <= 1, "probability", "between 0 and 1", probability)
     dropped = rng.uniform(seed, "label dropout", index, dtype=torch.float64) < probability
     return labels.masked_fill(dropped.to(labels.device), null_label)

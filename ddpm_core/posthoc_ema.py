@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm_core._checks import require, require_int
+from ddpm_core._checks import require, require_int, require_number
 from ddpm_core.ema import EMA
 
 MAX_SIGMA_REL = 12**-0.5
@@ -46,6 +46,7 @@ class Profile:
     def __post_init__(self) -> None:
         require_int("step", self.step)
         require(self.step >= 1, "step", "at least 1 (before the first update there is no average)", self.step)
+        require_number("gamma", self.gamma)
         require(self.gamma >= 0 and math.isfinite(self.gamma), "gamma", "at least 0 and finite", self.gamma)
 
 
@@ -76,6 +77,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
     Raises ValueError unless gamma >= 0.
     """
+    require_number("gamma", gamma)
     require(gamma >= 0 and math.isfinite(gamma), "gamma", "at least 0 and finite", gamma)
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
@@ -86,6 +88,7 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     With a = γ + 1 and s = σ_rel^−2 the definition reads a³ + 4a² + (5 − s)a + 2 = 0. For s >= 12 it has three
     real roots, of which only the largest is at least 1. Viète's cosine gives it without cancellation.
     """
+    require_number("sigma_rel", sigma_rel)
     require(MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL, "sigma_rel", "in 1e-6..12**-0.5", sigma_rel)
     s = sigma_rel**-2
     # a = x − 4/3 leaves x³ − 3r²x + q = 0 with

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ddpm_core._checks import check_floating, check_same_shape, require, require_int
+from ddpm_core._checks import check_floating, check_same_shape, require, require_int, require_number
 from ddpm_core.betas import check_log_snr
 from ddpm_core.process import LinearGaussianProcess
 from ddpm_core.schedules import Schedule
@@ -91,6 +91,8 @@ def variance_exploding(
     is at sigma_max.
     """
     require_int("num_timesteps", num_timesteps, 1)
+    require_number("sigma_min", sigma_min)
+    require_number("sigma_max", sigma_max)
     require(0 < sigma_min < math.inf, "sigma_min", "positive and finite", sigma_min)
     require(
         sigma_min < sigma_max < math.inf, "sigma_max", f"above sigma_min ({sigma_min}) and finite", sigma_max

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_batch, check_floating, check_same_shape, require
+from ddpm_core._checks import check_batch, check_floating, check_same_shape, require, require_number
 from ddpm_core.predictions import (
     PredictionType,
     converted,
@@ -146,8 +146,8 @@ class ReverseProcess:
 
         From the error of the output, not from two images: their difference would cancel near t = 0.
         """
-        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         prediction, _ = self._split(output, x_start, "x_start")
+        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         check_floating("noise", noise)
         check_same_shape("noise", noise, "x_start", x_start)
         x_start, noise = x_start.to(dtype), noise.to(dtype)
@@ -164,6 +164,9 @@ def dynamic_threshold(x_start: Tensor, quantile: float) -> Tensor:
     Returns values in [−1, 1], like x_start. Raises ValueError naming the argument that is wrong.
     """
     check_batch("x_start", x_start)
+    if x_start.shape[1:].numel() == 0:
+        raise ValueError(f"x_start: must have a number or more in each image, got {list(x_start.shape)}")
+    require_number("quantile", quantile)
     require(0 < quantile <= 1, "quantile", "above 0 and at most 1", quantile)
     # torch.quantile knows float32 and float64 only, and less than 2^24 numbers a call: hence the order statistics
     sizes, _ = x_start.abs().flatten(1).sort(dim=1)
@@ -178,6 +181,7 @@ def dynamic_threshold(x_start: Tensor, quantile: float) -> Tensor:
 
 def check_threshold_quantile(quantile: float | None) -> None:
     """Raises ValueError unless quantile is None or in (0, 1]."""
+    require_number("threshold_quantile", quantile, none="null")
     require(
         quantile is None or 0 < quantile <= 1,
         "threshold_quantile",

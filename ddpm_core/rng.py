@@ -18,7 +18,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_index, check_seed, require, require_int
+from ddpm_core._checks import (
+    check_index,
+    check_seed,
+    require,
+    require_float_dtype,
+    require_int,
+    require_sizes,
+)
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -81,7 +88,9 @@ def normal(
     sample. draw: 0 <= draw < 2**32, tells apart several draws for one sample (a sampler's steps, say).
     The values are computed in float32, whatever torch's default dtype, and then converted to dtype: float64
     holds float32 numbers, so that all dtypes agree. On index.device.
+    Raises ValueError naming the argument that is wrong, such as a dtype that is not floating-point.
     """
+    require_float_dtype(dtype)
     values = _empty(index, shape, torch.float32)
     for rows, words in _words(seed, purpose, index, values.shape[1], draw):
         for k in (0, 2):
@@ -121,6 +130,7 @@ def integers(seed: int, purpose: str, index: Tensor, high: int, *, draw: int = 0
     """
     require_int("high", high)
     require(1 <= high <= 2**31, "high", "in 1..2**31", high)
+    check_index(index)
     values = torch.empty_like(index)
     for rows, (high_word, low_word, _, _) in _words(seed, purpose, index, 1, draw):
         values[rows] = ((high_word << 31) | (low_word >> 1))[:, 0]
@@ -169,6 +179,7 @@ def _centred(word: Tensor, scale: float) -> Tensor:
 def _empty(index: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Room for whole blocks of four, `[B, blocks, 4]`."""
     check_index(index)
+    require_sizes("shape", shape, 0)
     return torch.empty(index.shape[0], (math.prod(shape) + 3) // 4, 4, dtype=dtype, device=index.device)
 
 

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from ddpm_core import rng, steps
-from ddpm_core._checks import check_alike, check_index, check_numbers, check_same_shape, require, require_int
+from ddpm_core._checks import (
+    check_alike,
+    check_index,
+    check_numbers,
+    check_same_shape,
+    require,
+    require_float_dtype,
+    require_int,
+    require_number,
+    require_sizes,
+)
 from ddpm_core._identity import config_identity
 from ddpm_core.chains import karras_timesteps
 from ddpm_core.predictions import PredictionType, x_start_tables
@@ -64,6 +74,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         require(self.kind in SAMPLER_KINDS, "kind", _one_of(SAMPLER_KINDS), self.kind)
         require_int("num_steps", self.num_steps, 1, none="null")
+        for name in ("eta", "karras_rho"):
+            require_number(name, getattr(self, name))
         require(0 <= self.eta <= 1, "eta", "between 0 and 1", self.eta)
         check_variance_type(self.variance_type)
         require(self.spacing in SPACINGS, "spacing", _one_of(SPACINGS), self.spacing)
@@ -72,7 +84,7 @@ class SamplerConfig:
 
 
 class TrajectoryStep(NamedTuple):
-    """One visited timestep: t, the state x_t `[B, C, H, W]`, and x̂_0 as the network sees it from there."""
+    """One visited timestep: t, the state x_t `[B, *shape]`, and x̂_0 as the network sees it from there."""
 
     t: int
     x_t: Tensor
@@ -148,7 +160,7 @@ def trajectory(
     *,
     seed: int,
     index: Tensor,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     prediction_type: PredictionType = "eps",
     x_start_mse: Tensor | None = None,
     device: torch.device | str | None = None,
@@ -159,11 +171,18 @@ def trajectory(
     The last one's pred_x_start is the image, since the last step adds no noise and its mean is x̂_0.
     prediction_type: what the network predicts. x_start_mse: float64 `[T]`, for the variance type "analytic".
     index: int64 `[B]`, the images' numbers, which with seed decide all noise: x_T by draw 0, the noise of the
-    step that leaves timestep t by draw t + 1. shape: (C, H, W). device: where states live (index.device if
-    None). Noise is computed on index.device. Run the network in eval mode; no gradients are kept.
+    step that leaves timestep t by draw t + 1. shape: that of one sample without its batch, (C, H, W) of an image or
+    (D,) of a vector: one size or more, each at least 1; states are `[B, *shape]`. dtype: floating-point. device:
+    where states live (index.device if None). Noise is computed on index.device. Run the network in eval mode; no
+    gradients are kept.
     For a network or noise levels in continuous time see `ddpm_core.chains`.
+    Raises ValueError naming the argument that is wrong, when the first step is asked for. Whether a state is finite
+    is not asked: what the network says passes into the image.
     """
     check_index(index)
+    require_sizes("shape", shape, 1)
+    require(len(shape) > 0, "shape", "one size or more", shape)
+    require_float_dtype(dtype)
     device = index.device if device is None else torch.device(device)
     timesteps = visited_timesteps(process, config)
     is_whole = len(timesteps) == process.num_timesteps
@@ -227,13 +246,13 @@ def sample(
     *,
     seed: int,
     index: Tensor,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     prediction_type: PredictionType = "eps",
     x_start_mse: Tensor | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Images x_0 `[B, C, H, W]`, in [−1, 1] if clipped or thresholded. Arguments as in `trajectory`."""
+    """Images x_0 `[B, *shape]`, in [−1, 1] if clipped or thresholded. Arguments as in `trajectory`."""
     visited = trajectory(
         eps_theta,
         process,

@@ -17,7 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_core._checks import check_same_shape, require
+from ddpm_core._checks import (
+    check_batch,
+    check_floating,
+    check_same_shape,
+    check_tensor,
+    require,
+    require_number,
+)
 from ddpm_core.process import LinearGaussianProcess, shifted
 from ddpm_core.reverse import ReverseProcess
 
@@ -53,16 +60,19 @@ def advance(
 ) -> Tensor:
     """x_{t−1} of the module's formula, like x_t. other is x̂_0' (None for D = x̂_0), noise is z (None for 0).
 
-    Raises ValueError naming the argument that has not the shape of x_t.
+    Raises ValueError naming the argument that has not the shape of x_t or is not floating-point; NaN passes.
     """
-    check_same_shape("pred_x_start", pred_x_start, "x_t", x_t)
+    check_batch("x_t", x_t)
+    check_tensor("pred_x_start", pred_x_start)
+    for name, tensor in (("pred_x_start", pred_x_start), ("other", other), ("noise", noise)):
+        if tensor is not None:
+            check_floating(name, tensor)
+            check_same_shape(name, tensor, "x_t", x_t)
     if other is not None:
-        check_same_shape("other", other, "x_t", x_t)
         pred_x_start = pred_x_start + step.on_other * (other - pred_x_start)
     x_prev = step.on_x_start * pred_x_start + step.on_x_t * x_t
     if noise is None:
         return x_prev
-    check_same_shape("noise", noise, "x_t", x_t)
     return x_prev + step.sigma * noise
 
 
@@ -87,6 +97,7 @@ def ddim_tables(process: LinearGaussianProcess, eta: float = 0.0) -> StepTables:
 
     ε̂ = (x_t − a_t·x̂_0)/b_t, so that it and x̂_0 always fit x_t, clipped or not. eta in [0, 1].
     """
+    require_number("eta", eta)
     require(0 <= eta <= 1, "eta", "between 0 and 1", eta)
     loss = process.snr_loss  # 1 − r²
     # b²_{t−1} − σ² = (b_{t−1}·keep)², which cannot round below zero

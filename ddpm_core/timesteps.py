@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ddpm_core import rng
 from ddpm_core._checks import (
+    check_finite,
     check_floating,
     check_index,
     check_same_shape,
+    check_tensor,
     check_timesteps,
     require,
     require_int,
+    require_number,
+    values_are_at_hand,
 )
 from ddpm_core.process import LinearGaussianProcess
 
@@ -49,6 +53,7 @@ def second_moment_probabilities(
     check_index(counts, "counts")
     check_same_shape("counts", counts, "losses[:, 0]", losses[:, 0])
     num_timesteps, history = losses.shape
+    require_number("uniform_share", uniform_share)
     least = num_timesteps / _GRID  # with less a t could be rounded away, and its loss never be seen again
     require(
         least <= uniform_share <= 1, "uniform_share", f"between {least:.3g} (T/2**32) and 1", uniform_share
@@ -72,12 +77,13 @@ def draw_by_probability(probabilities: Tensor, seed: int, index: Tensor) -> tupl
     multiples of 2**-32 (see `second_moment_probabilities`), whose partial sums are exact in whatever order.
     Raises ValueError naming the argument that is wrong.
     """
+    check_tensor("probabilities", probabilities)
     if probabilities.dtype != torch.float64 or probabilities.dim() != 1:
         raise ValueError(
             f"probabilities: must be float64 [T], got {probabilities.dtype} {list(probabilities.shape)}"
         )
     check_index(index)
-    if probabilities.device.type == "cpu":
+    if values_are_at_hand(probabilities):
         low, total = float(probabilities.min()), float(probabilities.sum())
         require(low >= 0, "probabilities", "at least 0", low)
         require(total == 1.0, "probabilities", "multiples of 2**-32 that sum to 1", total)
@@ -116,9 +122,10 @@ class LossMoments:
 
         Every worker gives all of the batch, in an order that does not depend on their number (by place in the
         batch, say): where a t has more losses than are kept, the order decides which. Raises ValueError naming the
-        argument that is wrong.
+        argument that is wrong. A loss may be below 0 (a KL by its rounding, or a loss of your own).
         """
         check_floating("loss", loss)
+        check_index(t, "t")
         losses, counts = self.tensors["losses"], self.tensors["counts"]
         t, loss = t.detach().cpu(), loss.detach().to("cpu", torch.float64)
         check_timesteps(t, counts.shape[0], loss)
@@ -135,11 +142,15 @@ class LossMoments:
         counts += added
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over saved tensors. Raises ValueError if their names, shapes or dtypes are not this table's."""
+        """Take over saved tensors. Raises ValueError naming the one whose name, shape or dtype is not this table's,
+        a loss that is not finite, or a count below 0."""
         if tensors.keys() != self.tensors.keys():
             raise ValueError(f"tensors: must be {sorted(self.tensors)}, got {sorted(tensors)}")
         for name, own in self.tensors.items():
             check_same_shape(name, tensors[name], "this table", own)
             require(tensors[name].dtype == own.dtype, name, str(own.dtype), tensors[name].dtype)
+        check_finite("losses", tensors["losses"].cpu())
+        least = int(tensors["counts"].min())
+        require(least >= 0, "counts", "at least 0", least)
         for name, own in self.tensors.items():
             own.copy_(tensors[name])

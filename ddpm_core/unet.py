@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_core._checks import require, require_int
+from ddpm_core._checks import require, require_int, require_number, require_sizes
 from ddpm_core.conditioning import ConditionedNetwork, NetworkConfig
 from ddpm_core.conditioning import timestep_embedding as timestep_embedding
 from ddpm_core.unet_blocks import (
@@ -60,8 +60,8 @@ class UNetConfig(NetworkConfig):
         for name in ("base_channels", "num_res_blocks", "num_groups", "num_heads"):
             require_int(name, getattr(self, name), 1)
         for name, values in (("channel_mults", mults), ("attention_resolutions", self.attention_resolutions)):
-            for value in values:
-                require_int(name, value)
+            require_sizes(name, values)
+        require_number("dropout", self.dropout)
         require_int("head_channels", self.head_channels, 1, none="null")
         require(len(mults) >= 1 and min(mults) >= 1, "channel_mults", "one or more positive integers", mults)
         divisor = 2 ** (len(mults) - 1)
@@ -187,7 +187,7 @@ class UNet(ConditionedNetwork):
 
         t: int64 `[B]`, zero-based; with conditioning "log_snr" the floating-point log-SNR `[B]`, ±inf included.
         labels: int64 `[B]` in 0..num_classes, num_classes meaning no class; None means no class for all.
-        Raises ValueError naming the argument whose shape, dtype or range is wrong.
+        Raises ValueError naming the argument whose shape, dtype or range is wrong; a NaN in x_t passes.
         """
         self.check(x_t, t, labels)
         temb = self.embed(t, labels)

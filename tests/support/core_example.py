@@ -81,8 +81,10 @@ def awake(net: nn.Module) -> nn.Module:
 
 
 def in_dtype_of(net: nn.Module, *, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    is_number = isinstance(x_t, Tensor) and x_t.is_floating_point()
+    dtype = x_t.dtype if is_number else torch.float64
     with torch.no_grad():
-        return deepcopy(net).to(x_t.dtype if x_t.is_floating_point() else torch.float64)(x_t, t, labels)
+        return deepcopy(net).to(dtype)(x_t, t, labels)
 
 
 class Given:

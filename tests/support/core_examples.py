@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 import ddpm_core as core
-from ddpm_core import LinearGaussianProcess, ReverseProcess, SamplerConfig
+from ddpm_core import LinearGaussianProcess, ReverseProcess, SamplerConfig, rng
+from ddpm_core.hierarchy import log_joint, log_posterior
+from ddpm_core.reverse import dynamic_threshold
+from ddpm_core.samplers import step_tables
+from ddpm_core.steps import advance
 from tests.support.core_example import (
     BATCH,
     INNER_STEP,
@@ -46,6 +50,12 @@ def examples(process: LinearGaussianProcess) -> dict[str, Example]:
 def _data(call: Callable[..., Any], num_t: int, tensors: dict[str, Tensor], **fields: Any) -> Example:
     batch = fields.pop("batch", {})
     return Example(call, tensors, dict.fromkeys(tensors, 0) | batch, num_t=num_t, **fields)
+
+
+def _one_state(given: Given, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One x_t and its t for every label."""
+    count = max(labels.numel(), 1) if isinstance(labels, Tensor) else 1
+    return given.x_t[1:2].expand(count, *SHAPE), given.t[1:2].expand(count)
 
 
 def _of_q(process: LinearGaussianProcess, given: Given) -> dict[str, Example]:
@@ -98,6 +108,10 @@ def _of_predictions(process: LinearGaussianProcess, given: Given) -> dict[str, E
         "predict_x_start": _data(partial(core.predict_x_start, process), total, seen, loose=10),
         "predict_eps": _data(partial(core.predict_eps, process), total, seen),
         "predict_v": _data(partial(core.predict_v, process), total, seen),
+        "reverse.dynamic_threshold": Example(
+            partial(dynamic_threshold, quantile=0.9), {"x_start": 2.0 * given.x}, {"x_start": 0},
+            nan={"x_start": NETWORK_SAYS},
+        ),
         "ReverseProcess.limit": Example(
             reverse.limit, {"x_start": 2.0 * given.x}, {"x_start": 0}, nan={"x_start": NETWORK_SAYS}
         ),
@@ -195,11 +209,14 @@ def _of_samplers(process: LinearGaussianProcess, given: Given) -> dict[str, Exam
     def of_fields(x_start_mse: Tensor) -> Tensor:
         return ReverseProcess(process, "v", "analytic", x_start_mse=x_start_mse).log_variance_table()
 
+    step = step_tables(reverse, solver).steps()[total // 2]
+    states = {"x_t": given.x_t, "pred_x_start": given.x, "other": given.other, "noise": given.noise}
+
     def retimed(**tensors: Tensor) -> Tensor:
         return core.retimed(network, tensors["times"])(given.x_t, given.t)
 
     def guided(labels: Tensor) -> Tensor:
-        return core.guided(labelled_network, labels, 4, 2.5)(given.x_t[: len(labels)], given.t[: len(labels)])
+        return core.guided(labelled_network, labels, 4, 2.5)(*_one_state(given, labels))
 
     return {
         "denoise_step": _data(
@@ -220,7 +237,10 @@ def _of_samplers(process: LinearGaussianProcess, given: Given) -> dict[str, Exam
             nan={"times": "told to the network as they are"}, whole={"times": "timesteps, or the log-SNR"},
             shapes={"times": "S is the sampler's"},
         ),
-        "guided": Example(guided, {"labels": given.labels}, {}, (None,), "float64"),
+        "guided": Example(guided, {"labels": given.labels}, {"labels": 0}, results="float64"),
+        "steps.advance": Example(
+            partial(advance, step), states, dict.fromkeys(states, 0), nan=dict.fromkeys(states, NETWORK_SAYS)
+        ),
     }  # fmt: skip
 
 
@@ -261,6 +281,17 @@ def _of_paths(process: LinearGaussianProcess, given: Given) -> dict[str, Example
             terms, {"path": whole}, {"path": 1}, (0, 0, 0), "wide", loose=2.0 * total,
             shapes={"path": "a list of states, whose shapes the chain decides"},
         ),
+        **{
+            name: Example(
+                lambda path, function=function: function(chain, list(path)), {"path": whole}, {"path": 1},
+                results="wide", loose=2.0 * total,
+                shapes={"path": "a list of states, whose shapes the chain decides"},
+            )
+            for name, function in (
+                ("hierarchy.log_joint", log_joint),
+                ("hierarchy.log_posterior", log_posterior),
+            )
+        },
         "path_bound": Example(
             partial(core.path_bound, chain, seed=1), {"x": given.x, "index": given.index}, {"x": 0, "index": 0},
             (0, 0, 0), "wide", loose=8,
@@ -280,15 +311,16 @@ def _of_networks(process: LinearGaussianProcess, given: Given) -> dict[str, Exam
     levelled = awake(core.DiT(core.DiTConfig(4, 2, 2, 16, 1, 2, num_classes=4, conditioning="log_snr")))
     tensors = {"x_t": given.x_t, "t": given.t, "labels": given.labels}
     batch = dict.fromkeys(tensors, 0)
+    made = {"x_t": NETWORK_SAYS}
 
     def labelled(labels: Tensor) -> Tensor:
         with torch.no_grad():
-            return core.as_eps_theta(levelled, process, labels)(given.x_t, given.t)
+            return core.as_eps_theta(levelled, process, labels)(*_one_state(given, labels))
 
     return {
-        "UNet.forward": Example(partial(in_dtype_of, unet), tensors, batch, loose=8),
-        "DiT.forward": Example(partial(in_dtype_of, dit), tensors, batch, loose=8),
-        "as_eps_theta": Example(labelled, {"labels": given.labels}, {}, (None,), "float64"),
+        "UNet.forward": Example(partial(in_dtype_of, unet), tensors, batch, nan=made, loose=8),
+        "DiT.forward": Example(partial(in_dtype_of, dit), tensors, batch, nan=made, loose=8),
+        "as_eps_theta": Example(labelled, {"labels": given.labels}, {"labels": 0}, results="float64"),
     }
 
 
@@ -315,6 +347,7 @@ def _of_tables(process: LinearGaussianProcess, given: Given) -> dict[str, Exampl
     curve = core.MeasuredCurve(process.log_snr, given.mse)
     shares = torch.linspace(0.2, 0.1, total, dtype=torch.float64)
     visited = torch.unique(torch.tensor([0, total // 2, total - 1]))
+    levels = process.log_snr.new_tensor([0.3, -2.0, 1.0])
     limits = "±inf is a level, of no noise or of noise alone"
     return {
         "LinearGaussianProcess": table(
@@ -350,11 +383,11 @@ def _of_tables(process: LinearGaussianProcess, given: Given) -> dict[str, Exampl
             nan={"log_snr": left_out, "x_start_mse": left_out},
         ),
         "MeasuredCurve.__call__": Example(
-            curve, {"log_snr": process.log_snr + 0.1}, {}, (None,), "float64", inf={"log_snr": limits},
+            curve, {"log_snr": levels}, {"log_snr": 0}, (0,), "float64", inf={"log_snr": limits},
             shapes={"log_snr": "each number for itself"},
         ),
         "nearest_timesteps": Example(
-            partial(core.nearest_timesteps, process), {"log_snr": process.log_snr + 0.01}, {}, (None,),
+            partial(core.nearest_timesteps, process), {"log_snr": levels}, {"log_snr": 0}, (0,),
             "integer", inf={"log_snr": limits},
         ),
     }  # fmt: skip
@@ -364,7 +397,14 @@ def _keyed(process: LinearGaussianProcess, given: Given) -> dict[str, Example]:
     index = {"index": given.index}
     chain = core.DiffusionChain(network, ReverseProcess(process, "v"))
     moments = core.LossMoments(process.num_timesteps)
+    normal = partial(rng.normal, 1, "p", shape=SHAPE, dtype=torch.float64)
+    uniform = partial(rng.uniform, 1, "p", shape=SHAPE, dtype=torch.float64)
     return {
+        "rng.normal": Example(normal, index, {"index": 0}, results="float64"),
+        "rng.uniform": Example(uniform, index, {"index": 0}, results="float64"),
+        "rng.integers": Example(
+            partial(rng.integers, 1, "p", high=10**6), index, {"index": 0}, results="integer"
+        ),
         "draw_timesteps": Example(
             partial(core.draw_timesteps, process, 1), index, {"index": 0}, results="integer"
         ),

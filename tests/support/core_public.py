@@ -1,8 +1,11 @@
 """Which public callables of ddpm_core take tensors, by their signatures, and why the others need no example."""
 
 import collections.abc
+import importlib
 import inspect
+import re
 import typing
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -52,25 +55,45 @@ def takes_tensors(annotation: Any) -> bool:
 
 
 def tensor_parameters(function: Any) -> tuple[str, ...]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return ()
-    return tuple(p.name for p in parameters if takes_tensors(p.annotation))
+    """By the annotations, quoted or not; a parameter without one is an AssertionError."""
+    if not (inspect.isclass(function) or inspect.isroutine(function)):
+        return ()  # the name of a type
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+    hints = _hints(function)
+    missing = [p.name for p in parameters if p.name not in hints]
+    assert not missing, f"{function}: {missing} have no annotation"
+    return tuple(p.name for p in parameters if takes_tensors(hints[p.name]))
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    if not inspect.isclass(function):
+        return typing.get_type_hints(function)
+    # a NamedTuple's are those of its fields
+    return typing.get_type_hints(function) | typing.get_type_hints(function.__init__)
+
+
+def named_beside() -> dict[str, Any]:
+    """module.function for the functions that docs/mathematics.md names and `ddpm_core.__all__` does not lead to."""
+    text = (Path(__file__).parents[2] / "docs/mathematics.md").read_text(encoding="utf-8")
+    found = {}
+    for module, name in sorted(set(re.findall(r"`ddpm_core\.(\w+)\.(\w+)`", text))):
+        value = getattr(importlib.import_module(f"ddpm_core.{module}"), name)
+        if inspect.isfunction(value) and name not in ddpm_core.__all__:
+            found[f"{module}.{name}"] = value
+    return found
 
 
 def public_callables() -> dict[str, tuple[str, ...]]:
-    """The tensor parameters of each function, class and method that `ddpm_core.__all__` leads to and that has some.
+    """The tensor parameters of each function, class and method that has some.
 
-    A method stands under the class that defines it.
+    They are what `ddpm_core.__all__` leads to, and `named_beside`. A method stands under the class that defines it.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    found = {name: tensor_parameters(function) for name, function in named_beside().items()}
     for name in ddpm_core.__all__:
         value = getattr(ddpm_core, name)
-        if not inspect.isclass(value):
-            found[name] = tensor_parameters(value)
-            continue
         found[name] = tensor_parameters(value)
+        if not inspect.isclass(value):
+            continue
         for method_name, method in inspect.getmembers(value, callable):
             is_ours = str(getattr(method, "__module__", "")).startswith("ddpm_core")
             if is_ours and (method_name == "__call__" or not method_name.startswith("_")):

@@ -6,9 +6,9 @@ from torch import Tensor
 
 import ddpm_core
 from ddpm_core import Schedule, ScheduleConfig
-from tests.support.core_example import Example
+from tests.support.core_example import BATCH, Example
 from tests.support.core_examples import examples
-from tests.support.core_public import NO_TENSORS, WITHOUT_EXAMPLE, public_callables
+from tests.support.core_public import NO_TENSORS, WITHOUT_EXAMPLE, public_callables, tensor_parameters
 
 SHORT = Schedule.from_config(ScheduleConfig(num_timesteps=6, beta_start=0.02, beta_end=0.6))
 EXAMPLES = examples(SHORT)
@@ -100,13 +100,42 @@ def test_memory_layouts(name: str, lay) -> None:
 
 @pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.batch])
 def test_a_batch_of_one(name: str) -> None:
+    """A row alone gives its row of a result; of one that has no rows the rows' own results are summands."""
     example = EXAMPLES[name]
-    for row in range(3):
-        alone = {key: example.tensors[key].narrow(dim, row, 1) for key, dim in example.batch.items()}
-        for ours, whole, dim in zip(example.run(**alone), example.run(), example.out_batch, strict=True):
-            expected = ours if dim is None else whole.narrow(dim, row, 1)
-            assert ours.isfinite().all()
-            _close(ours, expected, torch.float64, example.loose)
+    rows = [
+        example.run(**{key: example.tensors[key].narrow(dim, row, 1) for key, dim in example.batch.items()})
+        for row in range(BATCH)
+    ]
+    for place, (whole, dim) in enumerate(zip(example.run(), example.out_batch, strict=True)):
+        alone = [results[place] for results in rows]
+        assert all(bool(each.isfinite().all()) for each in alone)
+        if dim is None:
+            _close(torch.stack(alone).sum(0), whole, torch.float64, example.loose)
+            continue
+        assert whole.shape[dim] == BATCH
+        for row, each in enumerate(alone):
+            _close(each, whole.narrow(dim, row, 1), torch.float64, example.loose)
+
+
+def test_what_has_no_batch_is_a_table() -> None:
+    for name, example in EXAMPLES.items():
+        for key in example.tensors.keys() - example.batch.keys():
+            assert example.tensors[key].dim() == 1, f"{name}: {key}"
+        if not example.batch:
+            assert set(example.out_batch) == {None}, name
+
+
+def test_annotations_are_read_whether_quoted_or_not() -> None:
+    def quoted(x: "Tensor | None", count: int) -> None: ...
+
+    class Kind:
+        def method(self, x: "dict[str, Tensor]") -> None: ...
+
+    def bare(x) -> None: ...
+
+    assert tensor_parameters(quoted) == tensor_parameters(Kind().method) == ("x",)
+    with pytest.raises(AssertionError, match=r"\['x'\] have no annotation"):
+        tensor_parameters(bare)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ ARGUMENTS = [(name, key) for name, example in EXAMPLES.items() for key in exampl
 FLOATING = [(name, key) for name, key in ARGUMENTS if EXAMPLES[name].tensors[key].is_floating_point()]
 WHOLE = [(name, key) for name, key in ARGUMENTS if not EXAMPLES[name].tensors[key].is_floating_point()]
 TIMED = [(name, key) for name, key in WHOLE if key == "t"]
+
+PATHS = [(name, "path") for name in ("path_terms", "hierarchy.log_joint", "hierarchy.log_posterior")]
 
 
 def _is_named(key: str, message: str) -> bool:
@@ -65,6 +68,18 @@ def test_integers_where_numbers_are_needed(name: str, key: str) -> None:
     assert "floating-point" in message
 
 
+@pytest.mark.parametrize("wrong", [[1.0], 3, "x"], ids=repr)
+@pytest.mark.parametrize(("name", "key"), ARGUMENTS)
+def test_what_is_no_tensor(name: str, key: str, wrong: Any) -> None:
+    # a path is a list of states
+    given: Any = [wrong] * (SHORT.num_timesteps + 1) if (name, key) in PATHS else wrong
+    with pytest.raises(ValueError) as refusal:
+        EXAMPLES[name].run(**{key: given})
+    message = str(refusal.value)
+    own = "eps_theta's output" if key == "output" and message.startswith("eps_theta") else key
+    assert message == f"{own}: must be a tensor, got {type(wrong).__name__}"
+
+
 @pytest.mark.parametrize(("name", "key"), ARGUMENTS)
 def test_shapes(name: str, key: str) -> None:
     """No dimension at all; and one row less, unless it is the batch of the only tensor that has one."""
@@ -76,10 +91,15 @@ def test_shapes(name: str, key: str) -> None:
         changes.append(lambda tensor: tensor.narrow(example.batch[key], 0, 2))
     for change in changes:
         message = _refused(name, key, change)
-        # of two that do not fit, either may be named
-        assert any(_is_named(other, message) for other in example.tensors), message
-        if len(example.tensors) == 1:
-            assert message.startswith(f"{key}: must "), message
+        own = "eps_theta's output" if key == "output" and message.startswith("eps_theta") else key
+        if message.startswith(f"{own}: must "):
+            continue
+        # of two that do not fit either may be named first; the message then names the other too, or its shape
+        first, _, rest = message.partition(": must ")
+        assert first in example.tensors or first == "eps_theta's output", message
+        shape = list(change(example.tensors[key]).shape)
+        assert len(example.tensors) > 1, message
+        assert _is_named(key, rest) or str(shape) in rest, message
 
 
 @pytest.mark.parametrize(("name", "key"), WHOLE)

@@ -315,7 +315,7 @@ T = torch.zeros(2, dtype=torch.int64)
         ("labels: must be None", {}, (X, T, T)),
         ("labels: must be int64", {"num_classes": 3}, (X, T, T.float())),
         ("labels: must have the shape", {"num_classes": 3}, (X, T, T[:, None])),
-        ("labels: must have one entry a sample, got 1 for 2", {"num_classes": 3}, (X, T, T[:1])),
+        ("labels: must have one entry a sample, got 1 for a batch", {"num_classes": 3}, (X, T, T[:1])),
         ("labels: must lie in 0..3 .*, got 4", {"num_classes": 3}, (X, T, T + 4)),
         ("labels: must lie in 0..3 .*, got -1", {"num_classes": 3}, (X, T, T - 1)),
         ("log_snr: must be a floating-point", {"conditioning": "log_snr"}, (X, T)),
