@@ -18,7 +18,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from pipelines import aside
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError, one_line, printable, without_password
 
 
 class StorageError(UserError):
@@ -91,7 +91,10 @@ def open_storage(uri: str) -> Storage:
     The last one (and `http://`) can be read by key, and refuses to list or write.
     Raises `UserError` on another scheme or a missing bucket name.  Nothing is contacted or created yet.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"{printable(without_password(uri))}: {one_line(error)}") from None
     if parts.scheme == "s3":
         if not parts.netloc:
             raise UserError(f"{uri}: an S3 address is s3://BUCKET/PREFIX, and this one names no bucket")
@@ -150,7 +153,13 @@ class FileStorage:
     """A folder.  Atomic by rename within the folder's file system, exclusive by hard link."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root.expanduser().absolute()
+        """Raises `UserError` on a path that holds a zero byte or names an unknown user's home."""
+        if "\0" in str(root):
+            raise UserError(f"{printable(str(root))}: a folder's name may not contain a zero byte")
+        try:
+            self._root = root.expanduser().absolute()
+        except RuntimeError as error:
+            raise UserError(f"{printable(str(root))}: {one_line(error)}") from None
         # down to the root, the folders that were not there before this object wrote
         self._made: set[Path] = set()
 

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
-from pipelines.errors import UserError, one_line, without_password
+from pipelines.errors import UserError, one_line, printable, without_password
 from pipelines.retries import TryAgain, insist, read_steadily
 from pipelines.storage import (
     NoRanges,
@@ -178,7 +178,10 @@ class HttpStorage:
     def _follow(
         self, method: str, address: str, headers: dict[str, str], what: str
     ) -> urllib3.BaseHTTPResponse:
-        pool = _pool(os.getpid(), _proxy(urlsplit(address).scheme, self._host))
+        try:
+            pool = _pool(os.getpid(), _proxy(urlsplit(address).scheme, self._host))
+        except ValueError as error:
+            raise StorageError(f"{what}: the proxy of the environment: {one_line(error)}") from None
         for _ in range(_MAX_REDIRECTS + 1):
             response = pool.request(
                 method,
@@ -193,9 +196,13 @@ class HttpStorage:
             if response.status not in (301, 302, 303, 307, 308) or not aim:
                 return response
             response.close()
-            there, here = urlsplit(urljoin(address, aim)), urlsplit(address)
+            try:
+                there, here = urlsplit(urljoin(address, aim)), urlsplit(address)
+            except ValueError:
+                shown = one_line(ValueError(printable(without_password(aim))), 160)
+                raise StorageError(f"{what}: is redirected to {shown}, which is no address") from None
             if (there.scheme, there.netloc.lower()) != (here.scheme, here.netloc):
-                host = f"{there.scheme}://{there.netloc.rpartition('@')[2]}"
+                host = printable(f"{there.scheme}://{there.netloc.rpartition('@')[2]}")
                 raise StorageError(
                     f"{what}: is redirected to {host}, and no other server is followed: give its own address"
                 )

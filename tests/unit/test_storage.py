@@ -315,6 +315,11 @@ def test_storages_cross_process_borders(storage: Storage) -> None:
         ("https://u:secret@host/x", "no user name or password"),
         ("https://host/x?versionId=1", "no part behind"),
         ("https://host:port/x", "https://host:port/x"),
+        ("http://[x/y", r"^http://\[x/y: Invalid IPv6 URL$"),
+        ("s3://[x/y", r"^s3://\[x/y: Invalid IPv6 URL$"),
+        ("http://u:secret@[x/y", r"^http://\[x/y: Invalid IPv6 URL$"),
+        ("file:///a%00b", r"^/a\\x00b: a folder's name may not contain a zero byte$"),
+        ("~nobody-of-this-name/x", "^~nobody-of-this-name/x: "),
     ],
 )
 def test_a_wrong_address(uri: str, message: str) -> None:

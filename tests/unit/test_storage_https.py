@@ -222,6 +222,22 @@ def test_a_redirect_to_another_scheme_of_the_same_host_and_port_is_refused(
     https._pool.cache_clear()
 
 
+def test_a_redirect_to_what_is_no_address_is_refused(web: tuple[HostileS3, Storage]) -> None:
+    server, storage = web
+    server.script = lambda method, path, number: "302"
+    server.elsewhere = "http://user:secret@[x/\x1b"
+    line = one_line(lambda: storage.get("x"))
+    assert line == f"{storage.uri}/x: is redirected to http://[x/\\x1b/data/set/x, which is no address"
+    server.elsewhere = "http://x\x1b31m"
+    assert "is redirected to http://x\\x1b31m, " in one_line(lambda: storage.get("x"))
+
+
+def test_a_proxy_that_is_no_address_costs_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:secret@[x")
+    line = one_line(lambda: open_storage("http://set.example/a").get("x"))
+    assert line == "http://set.example/a/x: the proxy of the environment: Invalid IPv6 URL"
+
+
 def test_a_redirect_within_the_server_is_followed(web: tuple[HostileS3, Storage]) -> None:
     server, storage = web
     server.script = lambda method, path, number: "" if path.startswith("/moved") else "302"
