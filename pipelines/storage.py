@@ -9,7 +9,6 @@ What the rest of the project relies on, and what the kinds that can be written t
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -246,9 +245,13 @@ class FileStorage:
                 path = Path(where) / name
                 key = path.relative_to(self._root).as_posix()
                 if key.startswith(prefix) and not name.startswith(aside.PREFIX):
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    try:
                         status = path.stat()
-                        found.append(ObjectInfo(key, status.st_size, str(status.st_mtime_ns)))
+                    except FileNotFoundError:  # deleted meanwhile
+                        continue
+                    except OSError as error:
+                        raise self._error(key, error) from None
+                    found.append(ObjectInfo(key, status.st_size, str(status.st_mtime_ns)))
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:

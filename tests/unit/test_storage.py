@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -228,6 +229,14 @@ def test_a_listing_cannot_leave_its_prefix(storage: Storage, prefix: str) -> Non
     except UserError:
         return
     assert found == []
+
+
+def test_a_link_to_itself_is_named_by_a_listing(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/loop").symlink_to("loop")
+    with pytest.raises(StorageError) as caught:
+        FileStorage(tmp_path).list("train/")
+    assert str(caught.value) == f"{tmp_path}/train/loop: {os.strerror(errno.ELOOP)}"
 
 
 def test_put_if_absent(storage: Storage) -> None:
