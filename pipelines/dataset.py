@@ -134,11 +134,17 @@ class Dataset:
         return self.splits[split]
 
     def tar_of(self, shard: Shard) -> tuple[Storage, str]:
-        """Where a shard's tar lies: below the data set's prefix, or elsewhere."""
+        """Where a shard's tar lies: below the data set's prefix, or elsewhere. Raises `DataError` if that is no
+        address.
+        """
         if "://" not in shard.key:
             return self.storage, shard.key
         folder, _, name = shard.key.rpartition("/")
-        return open_storage(folder), name if folder.startswith("s3:") else unquote(name)
+        try:
+            storage = open_storage(folder)
+        except UserError as error:
+            raise DataError(f"{self.uri}/{SHARDS_KEY}: {one_line(error)}") from None
+        return storage, name if folder.startswith("s3:") else unquote(name)
 
     def uri_of(self, shard: Shard) -> str:
         """The whole address of a shard's tar."""

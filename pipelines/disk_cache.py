@@ -6,9 +6,10 @@ OURS/.new-…            one that is being written, locked by who writes it
 OURS/.locks/000 … 3ff  held while an object is fetched, by the first 10 bits of its hash
 OURS/.locks/evict      held while room is made
 
-Nothing but files of these names is deleted. Everything read from it is checked by SHA-256, so that nothing in it
-has to be believed. The locks are the kernel's, which lets them go however a process dies; for one that is stopped
-nobody waits without end. Whatever goes wrong with the disk, the object comes from its storage.
+OURS is a folder of this user's that nobody else may enter; one of another's, or a link, is not used. Nothing but
+files of these names is deleted, and no link is followed. Everything read from it is checked by SHA-256, so that
+nothing in it has to be believed. The locks are the kernel's, which lets them go however a process dies; for one
+that is stopped nobody waits without end. Whatever goes wrong with the disk, the object comes from its storage.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.errors import UserError, one_line
 from pipelines.shard_reader import Fetch, fetch_verified
@@ -81,6 +83,9 @@ class DiskCache:
 
     def __call__(self, storage: Storage, key: str, expected_sha256: str) -> bytes:
         """The object's bytes, which have this SHA-256; errors as in `fetch_verified`."""
+        # a name of another form could lead out of the folder
+        if not (_OBJECT_NAME.fullmatch(expected_sha256) and self._is_ours()):
+            return fetch_verified(storage, key, expected_sha256)
         path = self._folder / expected_sha256[:2] / expected_sha256
         data = self._found(path, expected_sha256)
         if data is not None:
@@ -97,9 +102,29 @@ class DiskCache:
                 self._keep(path, data)
             return data
 
+    def _is_ours(self) -> bool:
+        """Whether the folder is there, or could be made, and nobody else's: its name can be guessed."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                found = os.fstat(folder)
+                if found.st_uid != os.getuid():
+                    raise PermissionError(f"belongs to the user with the number {found.st_uid}")
+                if found.st_mode & 0o077:
+                    # not every file system has modes
+                    with contextlib.suppress(PermissionError):
+                        os.fchmod(folder, 0o700)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            self._warn(PermissionError("is a link") if self._folder.is_symlink() else error)
+            return False
+        return True
+
     def _found(self, path: Path, expected: str) -> bytes | None:
         try:
-            data = path.read_bytes()
+            data = _read(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -186,7 +211,7 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 if not (_NEW_NAME.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode)):
                     continue
-                with file.open("rb") as left:
+                with _open(file) as left:
                     if left.seek(0, os.SEEK_END) == 0:
                         continue
                     fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,7 +223,8 @@ class DiskCache:
         """Raises `OSError` where the lock can't be had, be it that somebody holds it for too long."""
         locks = self._folder / ".locks"
         locks.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (locks / name).open("wb") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(locks / name, flags, 0o600), "rb", buffering=0) as file:
             # what was waited for in vain once is not waited for again
             patience = 0.0 if name in self._stuck else LOCK_WAIT_S
             until = time.monotonic() + patience
@@ -220,3 +246,16 @@ class DiskCache:
         if not self._warned.is_set():
             self._warned.set()
             log.warning("data.disk_cache %s: %s; going on without it", self._folder, one_line(error))
+
+
+def _open(path: Path) -> BinaryIO:
+    """To read it: not what a link leads to, and without waiting for who writes into a pipe."""
+    # only this `open` takes an opener
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+
+
+def _read(path: Path) -> bytes:
+    with _open(path) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no file that can be kept here", str(path))
+        return file.read()

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import google_crc32c
 import numpy as np
@@ -305,8 +304,8 @@ class ShardReader:
 
 
 def _server(uri: str) -> str:
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc}"
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 def _end_to_end(images: Iterable[bytes | memoryview], index: ShardIndex) -> _LoadedShard:

@@ -48,11 +48,17 @@ class Found:
 def local_path(source: str) -> Path:
     """The path of a file or folder on this machine, given as such or as file://."""
     if source.startswith("file://"):
-        parts = urlsplit(source)
+        try:
+            parts = urlsplit(source)
+        except ValueError as error:
+            raise UserError(f"source: {printable(source)}: {one_line(error)}") from None
         if parts.netloc not in ("", "localhost"):
             raise UserError(f"source: {source}: a file address is file:///PATH, and this one names a host")
         source = os.fsdecode(unquote_to_bytes(parts.path))
-    return Path(source).expanduser()
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"source: {printable(source)}: {one_line(error)}") from None
 
 
 def find(source: str) -> Found:

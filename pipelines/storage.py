@@ -9,7 +9,6 @@ What the rest of the project relies on, and what the kinds that can be written t
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from pipelines import aside
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError, one_line, printable, without_password
 
 
 class StorageError(UserError):
@@ -91,7 +90,10 @@ def open_storage(uri: str) -> Storage:
     The last one (and `http://`) can be read by key, and refuses to list or write.
     Raises `UserError` on another scheme or a missing bucket name.  Nothing is contacted or created yet.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"{printable(without_password(uri))}: {one_line(error)}") from None
     if parts.scheme == "s3":
         if not parts.netloc:
             raise UserError(f"{uri}: an S3 address is s3://BUCKET/PREFIX, and this one names no bucket")
@@ -150,7 +152,13 @@ class FileStorage:
     """A folder.  Atomic by rename within the folder's file system, exclusive by hard link."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root.expanduser().absolute()
+        """Raises `UserError` on a path that holds a zero byte or names an unknown user's home."""
+        if "\0" in str(root):
+            raise UserError(f"{printable(str(root))}: a folder's name may not contain a zero byte")
+        try:
+            self._root = root.expanduser().absolute()
+        except RuntimeError as error:
+            raise UserError(f"{printable(str(root))}: {one_line(error)}") from None
         # down to the root, the folders that were not there before this object wrote
         self._made: set[Path] = set()
 
@@ -237,9 +245,13 @@ class FileStorage:
                 path = Path(where) / name
                 key = path.relative_to(self._root).as_posix()
                 if key.startswith(prefix) and not name.startswith(aside.PREFIX):
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    try:
                         status = path.stat()
-                        found.append(ObjectInfo(key, status.st_size, str(status.st_mtime_ns)))
+                    except FileNotFoundError:  # deleted meanwhile
+                        continue
+                    except OSError as error:
+                        raise self._error(key, error) from None
+                    found.append(ObjectInfo(key, status.st_size, str(status.st_mtime_ns)))
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:

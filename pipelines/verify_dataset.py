@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from pipelines.dataset import Dataset, Shard
+from pipelines.dataset import DataError, Dataset, Shard
 from pipelines.duplicates import same_content
 from pipelines.errors import UserError
 from pipelines.shards import parse_index, sha256
@@ -55,7 +55,12 @@ def _duplicates(shards: list[Shard]) -> Iterator[Problem]:
 
 def check_shard(dataset: Dataset, shard: Shard, deep: bool) -> Iterator[Problem]:
     """What is wrong with one shard."""
-    tar, reason = _fetch(*dataset.tar_of(shard), shard.sha256, shard.num_bytes)
+    tar: bytes | None = None
+    reason: str | None
+    try:
+        tar, reason = _fetch(*dataset.tar_of(shard), shard.sha256, shard.num_bytes)
+    except DataError as error:
+        reason = str(error)
     where = dataset.uri_of(shard)
     if reason:
         yield Problem(where, None, reason)

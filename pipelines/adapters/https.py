@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
-from pipelines.errors import UserError, one_line, without_password
+from pipelines.errors import UserError, one_line, printable, without_password
 from pipelines.retries import TryAgain, insist, read_steadily
 from pipelines.storage import (
     NoRanges,
@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
 _MAX_REDIRECTS = 3
+_MAX_DIGITS = 20
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -106,8 +107,9 @@ class HttpStorage:
             given = re.fullmatch(
                 r"bytes (\d+|\*)(?:-(\d+))?/(\d+|\*)", response.headers.get("Content-Range", "")
             )
-            if response.status == 416 or (given and given[3] != "*" and int(given[3]) < start + length):
-                there = max(0, int(given[3]) - start) if given and given[3] != "*" else 0
+            whole = None if given is None or given[3] == "*" else _size(given[3])
+            if response.status == 416 or (whole is not None and whole < start + length):
+                there = max(0, (whole or 0) - start)
                 raise ObjectTooShort(f"{what}: {there} of {length} bytes at {start}: the object is too short")
             if response.status != 206:
                 raise NoRanges(f"{what}: this server gives no parts of objects (it ignores Range)")
@@ -178,7 +180,10 @@ class HttpStorage:
     def _follow(
         self, method: str, address: str, headers: dict[str, str], what: str
     ) -> urllib3.BaseHTTPResponse:
-        pool = _pool(os.getpid(), _proxy(urlsplit(address).scheme, self._host))
+        try:
+            pool = _pool(os.getpid(), _proxy(urlsplit(address).scheme, self._host))
+        except ValueError as error:
+            raise StorageError(f"{what}: the proxy of the environment: {one_line(error)}") from None
         for _ in range(_MAX_REDIRECTS + 1):
             response = pool.request(
                 method,
@@ -193,9 +198,13 @@ class HttpStorage:
             if response.status not in (301, 302, 303, 307, 308) or not aim:
                 return response
             response.close()
-            there, here = urlsplit(urljoin(address, aim)), urlsplit(address)
+            try:
+                there, here = urlsplit(urljoin(address, aim)), urlsplit(address)
+            except ValueError:
+                shown = one_line(ValueError(printable(without_password(aim))), 160)
+                raise StorageError(f"{what}: is redirected to {shown}, which is no address") from None
             if (there.scheme, there.netloc.lower()) != (here.scheme, here.netloc):
-                host = f"{there.scheme}://{there.netloc.rpartition('@')[2]}"
+                host = printable(f"{there.scheme}://{there.netloc.rpartition('@')[2]}")
                 raise StorageError(
                     f"{what}: is redirected to {host}, and no other server is followed: give its own address"
                 )
@@ -222,12 +231,19 @@ def _stated_length(response: urllib3.BaseHTTPResponse, what: str) -> int | None:
     """None where the body tells its own end, chunk by chunk."""
     length = response.headers.get("Content-Length", "")
     if length.isdecimal():
-        return int(length)
+        return _size(length)
     if "chunked" in response.headers.get("Transfer-Encoding", "").lower():
         return None
     raise StorageError(
         f"{what}: the server does not say how long it is, so a cut could not be told from its end"
     )
+
+
+def _size(digits: str) -> int:
+    # no object is so large, and Python refuses numbers of thousands of digits
+    if len(digits) > _MAX_DIGITS:
+        raise TryAgain(f"the server says that it has {digits[:_MAX_DIGITS]}… bytes")
+    return int(digits)
 
 
 def _body(response: urllib3.BaseHTTPResponse, expected: int | None) -> bytes:

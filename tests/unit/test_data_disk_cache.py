@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -205,22 +206,11 @@ def test_a_full_or_broken_disk_costs_one_warning_and_nothing_else(
     elif what == "lock":
         place.given.write_bytes(b"a file where the folder should be")
     else:
-        monkeypatch.setattr(Path, "read_bytes", full)
-        place.storage.inner = _Memory({"1": b"\1" * 100, "2": b"\2" * 100})  # type: ignore[assignment]
+        monkeypatch.setattr(disk_cache, "_read", full)
     with caplog.at_level(logging.WARNING):
         for number in (1, 2, 1):
             place.get(number)
     assert caplog.text.count("going on without it") == 1
-
-
-class _Memory:
-    uri = "memory:"
-
-    def __init__(self, objects: dict[str, bytes]) -> None:
-        self.objects = objects
-
-    def get(self, key: str) -> bytes:
-        return self.objects[key]
 
 
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +285,88 @@ def test_a_folder_or_a_link_in_the_way_does_not_stop_caching(
     assert place.file(0).is_dir()
     assert linked.is_symlink()
     assert precious.stat().st_size == 5000
+
+
+def test_a_folder_that_is_a_link_or_anothers_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    linked, others = Place(tmp_path / "linked"), Place(tmp_path / "others")
+    aim = tmp_path / "aim"
+    aim.mkdir()
+    linked.given.mkdir()
+    linked.folder.symlink_to(aim)
+    for _ in range(2):
+        linked.get(1)
+    assert list(aim.iterdir()) == []
+    assert caplog.text.count(f"data.disk_cache {linked.folder}: is a link; going on without it") == 1
+    others.folder.mkdir(parents=True)
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    for _ in range(2):
+        others.get(1)
+    assert list(others.folder.iterdir()) == []
+    assert others.storage.gets == {"1": 2}
+    assert caplog.text.count(f"belongs to the user with the number {owner}; going on without it") == 1
+
+
+def test_nobody_else_may_enter_the_folder_also_one_made_before(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.get(1)
+    for _ in range(2):
+        assert stat.S_IMODE(place.folder.stat().st_mode) == 0o700
+        place.folder.chmod(0o777)
+        place.get(1)
+    assert place.storage.gets == {"1": 1}
+
+
+def test_a_lock_does_not_empty_what_a_link_in_its_place_leads_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path)
+    place.get(0)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    for name in (f"{int(place.hashes[1][:3], 16) >> 2:03x}", "evict"):
+        lock = place.folder / ".locks" / name
+        lock.unlink(missing_ok=True)
+        lock.symlink_to(precious)
+    place.get(1)
+    assert precious.read_bytes() == b"precious"
+    assert caplog.text.count("going on without it") == 1
+
+
+def test_a_pipe_in_an_objects_place_is_not_waited_for(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.file(1).parent.mkdir(parents=True)
+    os.mkfifo(place.file(1))
+    worker = threading.Thread(target=place.get, args=(1,), daemon=True)
+    worker.start()
+    worker.join(60)
+    assert not worker.is_alive()
+    assert place.file(1).read_bytes() == b"\1" * 100
+
+
+def test_a_link_in_an_objects_place_is_not_followed(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.file(1).parent.mkdir(parents=True)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"\1" * 100)
+    place.file(1).symlink_to(precious)
+    place.get(1)
+    assert place.storage.gets == {"1": 1}
+    assert not place.file(1).is_symlink()
+
+
+@pytest.mark.parametrize("form", ["{}", "../../{}", "zz"])
+def test_what_is_no_sha256_names_no_file(tmp_path: Path, form: str) -> None:
+    place = Place(tmp_path)
+    place.get(0)
+    precious = place.given / "precious"
+    precious.write_bytes(b"precious")
+    for name in (str(precious), "precious"):
+        with pytest.raises(DataError, match="damaged or was exchanged"):
+            place.cache(place.storage, "1", form.format(name))
+    assert precious.read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize("what", ["damaged", "old"])

@@ -120,6 +120,20 @@ def test_file_addresses_name_arrays_and_zips_too(tmp_path: Path) -> None:
     assert "names a host" in refusal("file://host/x.npy")
 
 
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("s3://[x/y", "s3://[x/y: Invalid IPv6 URL"),
+        ("s3://[x/y.tar", "s3://[x/: Invalid IPv6 URL"),
+        ("file://[x/y", "source: file://[x/y: Invalid IPv6 URL"),
+        ("file:///a%00b", "source: file:///a%00b does not exist"),
+        ("~nobody-of-this-name/x", "source: ~nobody-of-this-name/x: "),
+    ],
+)
+def test_what_is_no_address_is_named(source: str, line: str) -> None:
+    assert refusal(source).startswith(line)
+
+
 @pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.zip", "x.NPY"])
 def test_arrays_and_zips_are_not_read_from_s3(name: str) -> None:
     assert f"source: s3://bucket/{name}: on S3 a source is" in refusal(f"s3://bucket/{name}")

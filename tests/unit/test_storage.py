@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -230,6 +231,14 @@ def test_a_listing_cannot_leave_its_prefix(storage: Storage, prefix: str) -> Non
     assert found == []
 
 
+def test_a_link_to_itself_is_named_by_a_listing(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/loop").symlink_to("loop")
+    with pytest.raises(StorageError) as caught:
+        FileStorage(tmp_path).list("train/")
+    assert str(caught.value) == f"{tmp_path}/train/loop: {os.strerror(errno.ELOOP)}"
+
+
 def test_put_if_absent(storage: Storage) -> None:
     assert storage.put_if_absent("a/commit", b"first") is True
     assert storage.put_if_absent("a/commit", b"second") is False
@@ -315,6 +324,11 @@ def test_storages_cross_process_borders(storage: Storage) -> None:
         ("https://u:secret@host/x", "no user name or password"),
         ("https://host/x?versionId=1", "no part behind"),
         ("https://host:port/x", "https://host:port/x"),
+        ("http://[x/y", r"^http://\[x/y: Invalid IPv6 URL$"),
+        ("s3://[x/y", r"^s3://\[x/y: Invalid IPv6 URL$"),
+        ("http://u:secret@[x/y", r"^http://\[x/y: Invalid IPv6 URL$"),
+        ("file:///a%00b", r"^/a\\x00b: a folder's name may not contain a zero byte$"),
+        ("~nobody-of-this-name/x", "^~nobody-of-this-name/x: "),
     ],
 )
 def test_a_wrong_address(uri: str, message: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import pickle
+import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,6 +151,35 @@ def test_nobody_there() -> None:
     assert message.startswith(f"{storage.uri}/y: 127.0.0.1 does not answer as it should: ")
 
 
+@pytest.mark.parametrize(
+    ("answer", "ranged"),
+    [
+        ("200 OK\r\nContent-Length: {}", False),
+        ("206 OK\r\nContent-Length: 3\r\nContent-Range: bytes 0-2/{}", True),
+        ("416 No\r\nContent-Length: 0\r\nContent-Range: bytes */{}", True),
+    ],
+)
+def test_a_size_of_thousands_of_digits_costs_a_line(answer: str, ranged: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    asked, _ = server.accept()
+                    asked.recv(65536)
+                    asked.sendall(
+                        f"HTTP/1.1 {answer.format('9' * 5000)}\r\nConnection: close\r\n\r\nabc".encode()
+                    )
+                    asked.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        storage = open_storage(f"http://127.0.0.1:{server.getsockname()[1]}")
+        line = one_line(lambda: storage.get_range("x", 0, 3) if ranged else storage.get("x"))
+        server.shutdown(socket.SHUT_RDWR)
+    assert line.startswith(f"{storage.uri}/x: ")
+    assert "the server says that it has 99999999999999999999… bytes" in line
+
+
 def test_a_body_that_stalls(web: tuple[HostileS3, Storage], monkeypatch: pytest.MonkeyPatch) -> None:
     _, storage = web
     monkeypatch.setattr(https, "READ_TIMEOUT_S", 0.2)
@@ -220,6 +252,22 @@ def test_a_redirect_to_another_scheme_of_the_same_host_and_port_is_refused(
         assert message.startswith(f"{address}/x: is redirected to {server.elsewhere}, and no other server")
     assert len(server.requests) == 1
     https._pool.cache_clear()
+
+
+def test_a_redirect_to_what_is_no_address_is_refused(web: tuple[HostileS3, Storage]) -> None:
+    server, storage = web
+    server.script = lambda method, path, number: "302"
+    server.elsewhere = "http://user:secret@[x/\x1b"
+    line = one_line(lambda: storage.get("x"))
+    assert line == f"{storage.uri}/x: is redirected to http://[x/\\x1b/data/set/x, which is no address"
+    server.elsewhere = "http://x\x1b31m"
+    assert "is redirected to http://x\\x1b31m, " in one_line(lambda: storage.get("x"))
+
+
+def test_a_proxy_that_is_no_address_costs_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:secret@[x")
+    line = one_line(lambda: open_storage("http://set.example/a").get("x"))
+    assert line == "http://set.example/a/x: the proxy of the environment: Invalid IPv6 URL"
 
 
 def test_a_redirect_within_the_server_is_followed(web: tuple[HostileS3, Storage]) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import pytest
 from PIL import Image
 
 from jobs import cli
-from pipelines.dataset import DataError, Dataset
+from pipelines.dataset import DataError, Dataset, shards_from_parquet, shards_to_parquet
 from pipelines.errors import UserError
 from pipelines.images import encode_png
 from pipelines.prepare import prepare
 from pipelines.reader import read_split
-from pipelines.shards import PackedShard, Sample, pack, parse_index
+from pipelines.shard_reader import ShardReader
+from pipelines.shards import PackedShard, Sample, pack, parse_index, sha256
 from pipelines.verified import Verified
 from pipelines.verify_dataset import verify_dataset as verify
 from tests.support.data import dataset_of, image_bytes, packed, put_dataset, random_images
@@ -313,6 +315,36 @@ def test_a_bit_flipped_anywhere_in_a_data_set_is_found(template: Path, tmp_path:
             assert path.name in said()
             path.write_bytes(whole)
     assert said() == ""
+
+
+def with_key(prefix: Path, **fields: Any) -> Path:
+    """The data set with these values in the first shard's row of its list."""
+    shards = shards_from_parquet((prefix / "shards.parquet").read_bytes())
+    listing = shards_to_parquet([replace(shards[0], **fields), *shards[1:]])
+    (prefix / "shards.parquet").write_bytes(listing)
+    record = json.loads((prefix / "dataset.json").read_text())
+    (prefix / "dataset.json").write_text(json.dumps({**record, "shards_sha256": sha256(listing)}))
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("http://[x/a.tar", "http://[x: Invalid IPv6 URL"),
+        ("s3://[x/a.tar", "s3://[x: Invalid IPv6 URL"),
+        ("file:///%00/a.tar", "/\\x00: a folder's name may not contain a zero byte"),
+        ("http://host/x?y/a.tar", "http://host/x?y: an address to read from can have no part"),
+    ],
+)
+def test_a_key_that_is_no_address_is_named_by_readers_too(prefix: Path, key: str, reason: str) -> None:
+    dataset = Dataset.load(str(with_key(prefix, key=key)))
+    expected = f"{prefix.as_uri()}/shards.parquet: {reason}"
+    (line,) = lines(prefix)
+    assert line.startswith(f"{key}: {expected}")
+    for ranged_above in (2**63, 0):
+        with pytest.raises(DataError) as caught:
+            ShardReader(dataset, "train", ranged_above=ranged_above).read(0, [0])
+        assert str(caught.value).startswith(expected)
 
 
 def test_what_is_in_a_data_set_twice_is_named(tmp_path: Path) -> None:
