@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
@@ -37,6 +39,7 @@ SHARDS_KEY = "shards.parquet"
 SPLITS = ("train", "test")
 # Pillow decodes no larger image
 _MAX_PIXELS = 178_956_970
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class DataError(UserError):
@@ -73,6 +76,11 @@ _SHARD_SCHEMA = pa.schema(
 )
 
 
+def has_control(name: str) -> bool:
+    """Whether a name could do more to a terminal than stand in it; such a name is refused as a shard's."""
+    return any(unicodedata.category(char) == "Cc" for char in name)
+
+
 def shards_to_parquet(shards: Iterable[Shard]) -> bytes:
     rows = [vars(shard) for shard in shards]
     return to_parquet(pa.Table.from_pylist(rows, schema=_SHARD_SCHEMA))
@@ -86,6 +94,14 @@ def shards_from_parquet(data: bytes) -> list[Shard]:
             raise ValueError(
                 f"a shard of {shard.count} samples and {shard.num_bytes} bytes: {printable(shard.key)}"
             )
+        for name in (shard.split, shard.key, shard.index_key):
+            if has_control(name):
+                raise ValueError(f"a name with control characters: {printable(name)}")
+        for name in (shard.sha256, shard.index_sha256):
+            if not _SHA256.fullmatch(name):
+                raise ValueError(
+                    f"{printable(shard.key)}: {one_line(ValueError(printable(name)), 80)} is no SHA-256"
+                )
     return shards
 
 
@@ -130,7 +146,9 @@ class Dataset:
     def shards(self, split: str) -> tuple[Shard, ...]:
         """Raises `DataError` if the data set has no such split."""
         if split not in self.splits:
-            raise DataError(f"{self.uri}: has no split {split!r}, only {', '.join(sorted(self.splits))}")
+            raise DataError(
+                f"{self.uri}: has no split {split!r}, only {printable(', '.join(sorted(self.splits)))}"
+            )
         return self.splits[split]
 
     def tar_of(self, shard: Shard) -> tuple[Storage, str]:
@@ -147,8 +165,12 @@ class Dataset:
         return storage, name if folder.startswith("s3:") else unquote(name)
 
     def uri_of(self, shard: Shard) -> str:
-        """The whole address of a shard's tar."""
-        return shard.key if "://" in shard.key else f"{self.uri}/{shard.key}"
+        """The whole address of a shard's tar, as it may be shown."""
+        return printable(shard.key if "://" in shard.key else f"{self.uri}/{shard.key}")
+
+    def uri_of_index(self, shard: Shard) -> str:
+        """The whole address of a shard's index, as it may be shown."""
+        return printable(f"{self.uri}/{shard.index_key}")
 
     def count(self, split: str) -> int:
         """How many samples the split holds."""
@@ -257,5 +279,7 @@ def _load_shards(storage: Storage, expected: str, counts: dict[str, int]) -> dic
     for split, count in counts.items():
         listed = sum(shard.count for shard in splits[split])
         if listed != count:
-            raise DataError(f"{where}: lists {listed} {split} samples, and {RECORD_KEY} says {count}")
+            raise DataError(
+                f"{where}: lists {listed} {printable(split)} samples, and {RECORD_KEY} says {count}"
+            )
     return splits

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 from urllib.parse import quote, unquote
 
-from pipelines.dataset import Dataset, Shard
+from pipelines.dataset import Dataset, Shard, has_control
 from pipelines.duplicates import same_content
 from pipelines.errors import UserError, printable
 from pipelines.images import check_levels
@@ -120,6 +120,11 @@ def _check_names(found: Found) -> None:
                 f"source: {printable(f'{found.where}/{key}'.rstrip('/'))}: its name is no UTF-8 text: rename it, "
                 "or prepare without --index-only"
             ) from None
+        if has_control(f"{found.storage.uri}/{key}"):
+            raise UserError(
+                f"source: {printable(f'{found.where}/{key}')}: its name has control characters: rename it, or "
+                "prepare without --index-only"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset, Shard, what_to_run
 from pipelines.decode import decode_many
-from pipelines.errors import one_line
+from pipelines.errors import one_line, printable
 from pipelines.ranged import RangedShard
 from pipelines.shards import ShardIndex, parse_index, sha256
 from pipelines.storage import NoRanges, ObjectMissing, Storage
@@ -53,13 +53,13 @@ def fetch_verified(storage: Storage, key: str, expected_sha256: str) -> bytes:
         try:
             data = storage.get(key)
         except ObjectMissing:
-            raise DataError(f"{storage.uri}/{key}: is missing from its data set") from None
+            raise DataError(f"{printable(f'{storage.uri}/{key}')}: is missing from its data set") from None
         found = sha256(data)
         if found == expected_sha256:
             return data
     raise DataError(
-        f"{storage.uri}/{key}: is damaged or was exchanged: its {len(data)} bytes have SHA-256 {found[:16]}… "
-        f"and the data set names {expected_sha256[:16]}… (fetched {_FETCH_ATTEMPTS} times)"
+        f"{printable(f'{storage.uri}/{key}')}: is damaged or was exchanged: its {len(data)} bytes have SHA-256 "
+        f"{found[:16]}… and the data set names {expected_sha256[:16]}… (fetched {_FETCH_ATTEMPTS} times)"
     )
 
 
@@ -292,7 +292,7 @@ class ShardReader:
             ):
                 raise ValueError("an index of another tar than the data set names")
         except ValueError as error:
-            raise DataError(f"{storage.uri}/{shard.index_key}: {error}") from None
+            raise DataError(f"{self._dataset.uri_of_index(shard)}: {error}") from None
         if self._by_ranges(shard):
             return RangedShard(*self._dataset.tar_of(shard), self._dataset.uri_of(shard), index)
         tar = self._fetch(*self._dataset.tar_of(shard), shard.sha256)

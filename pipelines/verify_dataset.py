@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.dataset import DataError, Dataset, Shard
 from pipelines.duplicates import same_content
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.shards import parse_index, sha256
 from pipelines.source_tar import LABEL_EXTENSION
 from pipelines.storage import ObjectMissing, Storage, StorageError
@@ -46,11 +46,13 @@ def _duplicates(shards: list[Shard]) -> Iterator[Problem]:
     for shard in shards:
         for key in (shard.key, shard.index_key):
             if key in seen:
-                yield Problem(key, None, "is listed twice in the data set's list of shards")
+                yield Problem(printable(key), None, "is listed twice in the data set's list of shards")
             seen.add(key)
     for first, again in same_content((shard.key, shard.sha256) for shard in shards):
         if first != again:
-            yield Problem(again, None, f"holds the same bytes as {first}: its samples count twice")
+            yield Problem(
+                printable(again), None, f"holds the same bytes as {printable(first)}: its samples count twice"
+            )
 
 
 def check_shard(dataset: Dataset, shard: Shard, deep: bool) -> Iterator[Problem]:
@@ -65,7 +67,7 @@ def check_shard(dataset: Dataset, shard: Shard, deep: bool) -> Iterator[Problem]
     if reason:
         yield Problem(where, None, reason)
     raw, reason = _fetch(dataset.storage, shard.index_key, shard.index_sha256)
-    where_index = f"{dataset.uri}/{shard.index_key}"
+    where_index = dataset.uri_of_index(shard)
     index = None
     if reason:
         yield Problem(where_index, None, reason)

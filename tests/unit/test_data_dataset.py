@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,28 @@ def test_a_shard_of_less_than_nothing_is_refused(prefix: Path, field: str) -> No
     edit(prefix, lambda record: record.update(shards_sha256=sha256(listing)))
     edit(prefix, lambda record: record["splits"]["train"].update(count=7))
     assert f"{prefix.as_uri()}/shards.parquet: a shard of " in refusal(prefix)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("key", "a\x1b[31m\nb.tar", "a name with control characters: a\\x1b[31m\\nb.tar"),
+        ("index_key", "a\x9b31m", "a name with control characters: a\\x9b31m"),
+        ("split", "train\r", "a name with control characters: train\\r"),
+        ("sha256", "/etc/passwd", "train/shard-000000.tar: /etc/passwd is no SHA-256"),
+        ("index_sha256", "\x1b" * 64, "train/shard-000000.tar: \\x1b"),
+    ],
+)
+def test_names_and_hashes_that_are_none_are_refused(prefix: Path, field: str, value: str, line: str) -> None:
+    dataset = Dataset.load(str(prefix))
+    first, second = dataset.splits["train"]
+    changed: dict[str, Any] = {field: value}
+    listing = shards_to_parquet([replace(first, **changed), second])
+    (prefix / "shards.parquet").write_bytes(listing)
+    edit(prefix, lambda record: record.update(shards_sha256=sha256(listing)))
+    told = refusal(prefix)
+    assert told.startswith(f"{prefix.as_uri()}/shards.parquet: {line}")
+    assert told.isprintable()
 
 
 def test_the_list_of_shards_must_be_the_one_the_record_names(prefix: Path, tmp_path: Path) -> None:

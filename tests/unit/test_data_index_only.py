@@ -178,6 +178,9 @@ def test_sources_that_are_no_set_of_tars_are_refused(tmp_path: Path) -> None:
     assert "levels: must be 2..256, got 1" in refusal(tars, tmp_path / "out", levels=1)
     np.save(tmp_path / "x.npy", IMAGES)
     assert "--index-only is for .tar files" in refusal(tmp_path / "x.npy", tmp_path / "out")
+    odd = put_tars(tmp_path / "odd")
+    (odd / "größe 2.tar").rename(odd / "a\x1b\nb.tar")
+    assert "odd/a\\x1b\\nb.tar: its name has control characters" in refusal(odd, tmp_path / "out")
     cut = tars / "größe 2.tar"
     cut.write_bytes(cut.read_bytes()[:-9000])
     assert "größe 2.tar: it is cut short" in refusal(tars, tmp_path / "out2")

@@ -347,6 +347,17 @@ def test_a_key_that_is_no_address_is_named_by_readers_too(prefix: Path, key: str
         assert str(caught.value).startswith(expected)
 
 
+def test_names_that_turn_the_line_around_are_shown_escaped(prefix: Path) -> None:
+    changed = with_key(prefix, key="a\u202eb.tar", index_key="c\u2028d")
+    assert all(line.isprintable() for line in lines(changed))
+    told = " ".join(lines(changed))
+    assert "a\\u202eb.tar: is missing" in told
+    assert "c\\u2028d: is missing" in told
+    with pytest.raises(DataError) as caught:
+        ShardReader(Dataset.load(str(changed)), "train").read(0, [0])
+    assert str(caught.value).isprintable()
+
+
 def test_what_is_in_a_data_set_twice_is_named(tmp_path: Path) -> None:
     samples = [Sample(f"k{number}", encode_png(image), 0) for number, image in enumerate(random_images(5))]
     one, other = pack(samples[:2]), pack(samples[2:])
