@@ -22,7 +22,7 @@ def without_password(uri: str) -> str:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The error's message folded to one line of at most `limit` characters, for use inside a `UserError`."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

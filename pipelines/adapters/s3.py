@@ -69,7 +69,7 @@ _WRITER = "ddpm-writer"
 @functools.cache
 def _client(pid: int, endpoint: str | None) -> Any:
     """One client a process (a new one costs 0.1 s), never carried over a fork."""
-    if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
+    if endpoint is not None and _split(endpoint)[0] not in ("http", "https"):
         raise UserError(f"AWS_ENDPOINT_URL: {without_password(endpoint)!r} is no http:// or https:// address")
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
@@ -96,10 +96,19 @@ class _Redirected(Exception):
     """The server leads to the host that the message names."""
 
 
+def _split(address: str) -> tuple[str, str]:
+    """Its scheme and server; both empty where it is no address."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "", ""
+    return parts.scheme, parts.netloc
+
+
 def _refuse_redirect(response: Any = None, **_: Any) -> None:
     if response is not None and 300 <= response[0].status_code < 400:
         aim = response[0].headers.get("location") or "elsewhere"
-        raise _Redirected(urlsplit(aim).netloc.rpartition("@")[2] or aim)
+        raise _Redirected(printable(_split(aim)[1].rpartition("@")[2]) or "elsewhere")
 
 
 class S3Storage:

@@ -714,11 +714,11 @@ def test_a_learner_holds_after_many_steps_what_it_held_after_few(monkeypatch: py
     (few, few_bytes), (many, many_bytes) = held(config, [10, 60])
     assert many_bytes == few_bytes > 10_000
     assert many - few < 50  # not one a step
-    kept: list[list[int]] = []
+    kept: list[list[list[int]]] = []
     step = Learner.step
 
     def remembers(self: Learner, number: int, *rest: Any) -> StepResult:
-        kept.append([number])
+        kept.append([[number], [number]])
         return step(self, number, *rest)
 
     monkeypatch.setattr(Learner, "step", remembers)
