@@ -46,12 +46,7 @@ class DataError(UserError):
     """An object of a data set is missing, damaged, or not what the data set's record says it is."""
 
 
-def what_to_run(uri: str, *, deep: bool = False) -> str:
-    """What somebody should do whose data set turned out to be damaged."""
-    return (
-        f"`ddpm verify {uri}{' --deep' if deep else ''}` names all that is damaged; delete that, and the same "
-        "`ddpm prepare` makes it again"
-    )
+_MADE_AGAIN = "delete it, and the same `ddpm prepare` makes it again"
 
 
 @dataclass(frozen=True)
@@ -172,6 +167,17 @@ class Dataset:
         """The whole address of a shard's index, as it may be shown."""
         return printable(f"{self.uri}/{shard.index_key}")
 
+    def what_to_run(self, *, deep: bool = False) -> str:
+        """What somebody should do for whom it turned out to be damaged."""
+        names = f"`ddpm verify {printable(self.uri)}{' --deep' if deep else ''}` names all that is damaged"
+        preparation = self.record.get("preparation")
+        if isinstance(preparation, dict) and preparation.get("source") == "index-only":
+            # tars that prepare did not write, it cannot write again
+            return (
+                f"{names}; give its tars back as they were, or skip bad samples with data.on_bad_sample=skip"
+            )
+        return f"{names}; delete that, and the same `ddpm prepare` makes it again"
+
     def count(self, split: str) -> int:
         """How many samples the split holds."""
         return sum(shard.count for shard in self.shards(split))
@@ -213,7 +219,9 @@ def load_from(storage: Storage) -> Dataset:
             raise ValueError(f"its format is not {FORMAT!r}")
         identity = hashlib.sha256(canonical_json(record)).hexdigest()
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not the record of a data set ({one_line(error, 120)})") from None
+        raise DataError(
+            f"{where}: is not the record of a data set ({one_line(error, 120)}); {_MADE_AGAIN}"
+        ) from None
     version = record.get("version")
     if type(version) is not int or version != VERSION:
         raise DataError(
@@ -229,10 +237,10 @@ def load_from(storage: Storage) -> Dataset:
         problem = invalid.errors()[0]
         place = one_line(ValueError(printable(".".join(map(str, problem["loc"])))), 60)
         raise DataError(
-            f"{where}: is damaged (field {place}: {problem['msg']}, got {_shown(problem['input'])})"
+            f"{where}: is damaged (field {place}: {problem['msg']}, got {_shown(problem['input'])}); {_MADE_AGAIN}"
         ) from None
     except ValueError as error:
-        raise DataError(f"{where}: is damaged (field {one_line(error, 120)})") from None
+        raise DataError(f"{where}: is damaged (field {one_line(error, 120)}); {_MADE_AGAIN}") from None
     return Dataset(
         storage=storage,
         identity=identity,

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.cache import WeightedLRU
-from pipelines.dataset import DataError, Dataset, Shard, what_to_run
+from pipelines.dataset import DataError, Dataset, Shard
 from pipelines.decode import decode_many
 from pipelines.errors import one_line, printable
 from pipelines.ranged import RangedShard
@@ -65,23 +65,23 @@ def fetch_verified(storage: Storage, key: str, expected_sha256: str) -> bytes:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample whose image cannot be had. `dataset`, `object`: the addresses of its data set and its shard;
-    `reason`: why, in a few words.
+    """A sample whose image cannot be had. `object`: the address of its shard; `reason`: why, in a few words;
+    `advice`: what to do about it.
     """
 
-    dataset: str
     shard: int
     row: int
     object: str
     key: str
     reason: str
+    advice: str
 
     def __str__(self) -> str:
         return f"{self.object}: sample {self.key!r}: {self.reason}"
 
     def error(self) -> DataError:
         """The error of those who cannot do without it."""
-        return DataError(f"{self}; {what_to_run(self.dataset, deep=True)}")
+        return DataError(f"{self}; {self.advice}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,9 @@ class ShardReader:
             number = number_of[place]
             key = loaded.index.key[int(at[number])].as_py()
             where = self._dataset.uri_of(self._shards[shard])
-            bad.append(BadSample(self._dataset.uri, shard, int(rows[number]), where, key, reason))
+            bad.append(
+                BadSample(shard, int(rows[number]), where, key, reason, self._dataset.what_to_run(deep=True))
+            )
         return loaded.index.label[at], bad
 
     def _at_hand(self, shard: int, rows: NDArray[np.int64]) -> tuple[_LoadedShard, NDArray[np.int64]]:
@@ -274,7 +276,7 @@ class ShardReader:
         try:
             yield
         except DataError as error:
-            raise DataError(f"{error}; {what_to_run(self._dataset.uri)}") from None
+            raise DataError(f"{error}; {self._dataset.what_to_run()}") from None
 
     def _load(self, shard: Shard) -> _LoadedShard | RangedShard:
         with self._advising():

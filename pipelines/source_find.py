@@ -18,6 +18,7 @@ from pipelines.errors import UserError, one_line, printable
 from pipelines.sources import KINDS, SUFFIXES, warn_passed_over
 from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
 
+_OF_A_DATA_SET = re.compile(r"(^|/)(shards\.parquet|[^/]+\.index\.parquet|scans/[^/]+\.parquet)$")
 _MAX_FILES_OF_A_PATTERN = 2**20
 Kind = Literal["folder", "zip", "tar", "parquet"]
 _SUFFIX_OF_KIND: dict[Kind, str] = {"tar": ".tar", "parquet": ".parquet"}
@@ -192,6 +193,9 @@ def _pieces(pattern: str) -> tuple[list[str], list[str]]:
 
 
 def _of_kind(storage: Storage, infos: dict[str, ObjectInfo], name: str, where: str) -> Found:
+    if any(key.lower().endswith(".tar") for key in infos):
+        # beside tars: what a data set of them consists of, as --index-only puts it
+        infos = {key: info for key, info in infos.items() if not _OF_A_DATA_SET.search(key)}
     if not any(key.lower().endswith(SUFFIXES) for key in infos):
         for kind, suffix in _SUFFIX_OF_KIND.items():
             chosen = {key: info for key, info in sorted(infos.items()) if key.lower().endswith(suffix)}

@@ -94,6 +94,11 @@ def _label_of(sample: TarSample, label: str | None, read: Any) -> str | None:
                 return read(offset, size).decode().strip() or None
             except UnicodeDecodeError:
                 raise TarError(f"its sample {printable(sample.key)!r} has a label that is no text") from None
+    if label is not None:
+        there = ", ".join(printable(extension) for extension, _, _ in sample.members)
+        raise TarError(
+            f"its sample {printable(sample.key)!r} has no member .{printable(label)}, only {there}"
+        )
     return None
 
 

@@ -19,7 +19,7 @@ from pipelines.bad_samples import too_many
 from pipelines.checkpoints import Checkpoints, step_name
 from pipelines.conditioning import conditioned, fitted
 from pipelines.config import Config, digest
-from pipelines.dataset import Dataset, what_to_run
+from pipelines.dataset import Dataset
 from pipelines.disk_cache import fetch_through
 from pipelines.errors import UserError
 from pipelines.grids import grid_png
@@ -259,7 +259,7 @@ def _check_bad_share(run: Run, learner: Learner, batches: StreamBatches, done: i
     example = next((f"; one is {sample}" for sample in batches.skipped.samples.values()), "")
     raise TrainingError(
         f"step {done}: {bad} of {seen} train samples read are bad, more than data.max_bad_share {share}{example}; "
-        f"{what_to_run(run.dataset.uri, deep=True)}"
+        f"{run.dataset.what_to_run(deep=True)}"
     )
 
 

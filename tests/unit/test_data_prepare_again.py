@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import index_only
-from pipelines.dataset import Dataset
+from pipelines.dataset import DataError, Dataset
 from pipelines.duplicates import same_content, twice
 from pipelines.errors import UserError
 from pipelines.images import encode_png
@@ -190,9 +190,8 @@ def test_a_scan_is_of_the_members_that_were_looked_for(
             index_tars(str(tars), str(tmp_path / "out"))
     (next((tmp_path / "out/scans").iterdir())).write_bytes(b"words")
     scanned = count_scans(monkeypatch)
-    none = index_tars(str(tars), str(tmp_path / "out"), label="none")
+    index_tars(str(tars), str(tmp_path / "out"), image="png")
     assert len(scanned) == 8
-    assert none.classes == ()
 
 
 def test_a_scan_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -291,9 +290,6 @@ def test_what_a_kill_after_the_commit_left_goes_with_the_next_call(
 ) -> None:
     tars, out = put_tars(tmp_path / "in"), tmp_path / "out"
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(FileStorage, "delete", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -330,6 +326,51 @@ def test_parquet_that_was_replaced_in_place_is_noticed(tmp_path: Path) -> None:
     os.utime(tmp_path / "a.parquet", ns=(5 * 10**9, 5 * 10**9))
     assert (tmp_path / "a.parquet").stat().st_size == size
     assert "may hold other images" in refusal(prepare, tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_indexes_beside_their_tars_are_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars = put_tars(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        patch.setattr(index_only, "_assign", killed)
+        with pytest.raises(KeyboardInterrupt):
+            index_tars(str(tars), str(tars))
+    assert list(tars.glob("scans/*.parquet"))
+    dataset = index_tars(str(tars), str(tars))
+    assert index_tars(str(tars), str(tars)) == dataset
+    # nor are they in the way of another set
+    assert prepare(str(tars), str(tmp_path / "other")).count("train") > 0
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_of_tars_that_stay_damage_is_not_to_be_deleted(tmp_path: Path) -> None:
+    tars, out = put_tars(tmp_path / "in"), tmp_path / "out"
+    dataset = index_tars(str(tars), str(out))
+    shard = dataset.shards("train")[0]
+    tar = tars / shard.key.rpartition("/")[2]
+    tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX"))
+    with pytest.raises(DataError, match="names all that is damaged; give its tars back as they were") as told:
+        list(read_split(dataset, "train"))
+    assert "delete" not in str(told.value)
+
+
+@pytest.mark.parametrize("make", [index_tars, prepare])
+def test_a_label_that_no_sample_has_is_refused(tmp_path: Path, make: Callable[..., Dataset]) -> None:
+    line = refusal(make, put_tars(tmp_path / "in"), tmp_path / "out", label="cls2")
+    assert re.search(r"its sample '0-0' has no member \.cls2, only png, cls", line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:
+    photos, out = put_photos(tmp_path / "in"), tmp_path / "out"
+    dataset = prepare(str(photos), str(out))
+    (out / "dataset.json").write_bytes((out / "dataset.json").read_bytes()[:100])
+    with pytest.raises(DataError, match="delete it, and the same `ddpm prepare` makes it again"):
+        Dataset.load(str(out))
+    (out / "dataset.json").unlink()
+    assert prepare(str(photos), str(out)) == dataset
 
 
 def test_a_finished_set_gets_back_a_lost_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
