@@ -14,7 +14,8 @@ What lies at the address is told by its commit record.  Of a data set or a sampl
 SHA-256, its index against its tar, the checksum and label of every sample; of a sample set also that every image is
 there once.  Of a run every object of every checkpoint: its size and SHA-256, its tensors against the network, and
 that the configuration makes this run.  With --deep every image is decoded, and every weight must be finite.
-Each thing that is wrong is a line on standard output; what killed attempts left is a note.
+Each thing that is wrong is a line on standard output; what killed attempts left is a note.  Where a tar or an index
+is not the one of the record, one of its samples stands for all that are wrong alike.
 """
 
 EPILOG = """\
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from pipelines.verified import counted
     from pipelines.verify import verify
 
     with tqdm(mininterval=1, disable=None) as bar:
@@ -58,16 +60,20 @@ def run(arguments: argparse.Namespace) -> int:
             print(problem)
         for note in found.notes:
             print(f"note: {note}")
-        looked = ", ".join(f"{number} {_WORDS.get(name, name)}" for name, number in found.looked.items())
+        looked = ", ".join(
+            counted(number, _WORDS.get(name, name[:-1])) for name, number in found.looked.items()
+        )
         inside = "number looked at" if found.kind in ("run", "checkpoint") else "image decoded"
         depth = f"every {inside}" if arguments.deep else f"no {inside} (--deep does)"
-        outcome = f"{len(found.problems)} problems" if found.problems else "whole"
+        outcome = counted(len(found.problems), "problem") if found.problems else "whole"
         called = found.identity[:10] if found.kind in ("data set", "checkpoint") else _name(found.uri)
         print(f"{found.kind} {called}: {outcome}; {looked}, {depth}; {found.uri}")
+        if found.advice:
+            print(f"what to do: {found.advice}")
     return 1 if found.problems else 0
 
 
-_WORDS = {"num_bytes": "bytes"}
+_WORDS = {"num_bytes": "byte"}
 
 
 def _name(uri: str) -> str:

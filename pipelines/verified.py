@@ -12,15 +12,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with an object; `sample` is the key of the one it concerns, or None."""
+    """What is wrong with an object; `sample` is the key of the one it concerns, or None; `more` is how many other
+    samples of the object it stands for.
+    """
 
     object: str
     sample: str | None
     reason: str
+    more: int = 0
 
     def __str__(self) -> str:
         which = "" if self.sample is None else f"sample {self.sample!r}: "
-        return f"{self.object}: {which}{self.reason}"
+        rest = f" … and {counted(self.more, 'more sample')} likewise" if self.more else ""
+        return f"{self.object}: {which}{self.reason}{rest}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 shard", "2 shards"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class Verified:
     """What was found at an address.
 
     `identity`: what of its content other things name. `looked`: how much was looked at, in the order to be told.
-    `problems`: in the order of the objects. `notes`: what is worth knowing and no damage.
+    `problems`: in the order of the objects. `notes`: what is worth knowing and no damage. `advice`: what to
+    do about the problems, in one line, or "".
     """
 
     kind: str
@@ -37,6 +47,7 @@ class Verified:
     looked: Mapping[str, int]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    advice: str = ""
 
     def summary(self, deep: bool) -> dict[str, Any]:
         """The result as plain values, to be written as JSON."""
@@ -49,6 +60,7 @@ class Verified:
             "whole": not self.problems,
             "problems": [vars(problem) for problem in self.problems],
             "notes": list(self.notes),
+            "advice": self.advice,
         }
 
 

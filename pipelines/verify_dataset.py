@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from pipelines.dataset import DataError, Dataset, Shard
 from pipelines.duplicates import same_content
@@ -12,7 +13,7 @@ from pipelines.shards import parse_index, sha256
 from pipelines.source_tar import LABEL_EXTENSION
 from pipelines.storage import ObjectMissing, Storage, StorageError
 from pipelines.verified import Problem, Progress, Verified
-from pipelines.verify_shards import Contents, check_index, check_samples
+from pipelines.verify_shards import Contents, check_index, check_samples, condensed
 
 # shards that are fetched and looked at side by side
 _SHARDS_AT_ONCE = 4
@@ -27,10 +28,17 @@ def verify_dataset(dataset: Dataset, *, deep: bool = False, progress: Progress |
     """
     shards = [shard for split in dataset.splits.values() for shard in split]
     total, done = sum(shard.count for shard in shards), 0
-    problems: list[Problem] = list(_duplicates(shards))
+    listed = list(_duplicates(shards))
+    problems: list[Problem] = []
+    owners = _Owners(
+        {shard.sha256: dataset.uri_of(shard) for shard in reversed(shards)},
+        {shard.index_sha256: dataset.uri_of_index(shard) for shard in reversed(shards)},
+    )
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         for shard, found in zip(
-            shards, pool.map(lambda shard: list(check_shard(dataset, shard, deep)), shards), strict=True
+            shards,
+            pool.map(lambda shard: list(_check_shard(dataset, shard, owners, deep)), shards),
+            strict=True,
         ):
             problems += found
             done += shard.count
@@ -38,7 +46,50 @@ def verify_dataset(dataset: Dataset, *, deep: bool = False, progress: Progress |
                 progress(done, total)
     num_bytes = sum(shard.num_bytes for shard in shards)
     looked = {"shards": len(shards), "samples": total, "num_bytes": num_bytes}
-    return Verified("data set", dataset.uri, dataset.identity, looked, tuple(problems))
+    return Verified(
+        "data set",
+        dataset.uri,
+        dataset.identity,
+        looked,
+        (*listed, *problems),
+        advice=_advice(dataset, bool(listed), problems),
+    )
+
+
+def _advice(dataset: Dataset, listed_wrong: bool, problems: list[Problem]) -> str:
+    """What to do about the problems that shards have, in one line."""
+    shards = [shard for split in dataset.splits.values() for shard in split]
+    stay = dataset.record.get("preparation", {}).get("source") == "index-only"
+    theirs = {dataset.uri_of(shard) for shard in shards if stay or "://" in shard.key}
+    damaged = {problem.object for problem in problems if problem.sample is None}
+    # of a damaged index the samples of a whole tar seem wrong
+    explained = damaged | {
+        dataset.uri_of(shard) for shard in shards if dataset.uri_of_index(shard) in damaged
+    }
+    advice = []
+    if damaged - theirs:
+        which = "indexes" if theirs else "objects"
+        advice.append(f"delete the {which} named, then the same `ddpm prepare` makes them again")
+    if damaged & theirs:
+        advice.append(
+            "restore each tar that is named from where it came (`ddpm prepare` can't make it again)"
+        )
+    if {problem.object for problem in problems} - explained:
+        advice.append(
+            "where only samples are bad, train with data.on_bad_sample=skip if they can't be read, else "
+            "prepare at another prefix from a source that is mended"
+        )
+    if listed_wrong:
+        advice.append("where the list of shards is wrong, prepare at another prefix")
+    return "; ".join(advice)
+
+
+@dataclass(frozen=True)
+class _Owners:
+    """Whose content has a SHA-256, by the record."""
+
+    tars: dict[str, str]
+    indexes: dict[str, str]
 
 
 def _duplicates(shards: list[Shard]) -> Iterator[Problem]:
@@ -55,18 +106,18 @@ def _duplicates(shards: list[Shard]) -> Iterator[Problem]:
             )
 
 
-def check_shard(dataset: Dataset, shard: Shard, deep: bool) -> Iterator[Problem]:
+def _check_shard(dataset: Dataset, shard: Shard, owners: _Owners, deep: bool) -> Iterator[Problem]:
     """What is wrong with one shard."""
     tar: bytes | None = None
-    reason: str | None
+    wrong: str | None
     try:
-        tar, reason = _fetch(*dataset.tar_of(shard), shard.sha256, shard.num_bytes)
+        tar, wrong = _fetch(*dataset.tar_of(shard), owners.tars, shard.sha256, shard.num_bytes)
     except DataError as error:
-        reason = str(error)
+        wrong = str(error)
     where = dataset.uri_of(shard)
-    if reason:
-        yield Problem(where, None, reason)
-    raw, reason = _fetch(dataset.storage, shard.index_key, shard.index_sha256)
+    if wrong:
+        yield Problem(where, None, wrong)
+    raw, reason = _fetch(dataset.storage, shard.index_key, owners.indexes, shard.index_sha256)
     where_index = dataset.uri_of_index(shard)
     index = None
     if reason:
@@ -80,12 +131,17 @@ def check_shard(dataset: Dataset, shard: Shard, deep: bool) -> Iterator[Problem]
         yield from check_index(where_index, index, shard.count, shard.num_bytes, shard.sha256, "the data set")
     if tar is not None:
         member = dataset.record.get("preparation", {}).get("label_member", LABEL_EXTENSION)
-        yield from check_samples(where, tar, index, Contents(dataset.shape, dataset.classes, member), deep)
+        found = check_samples(where, tar, index, Contents(dataset.shape, dataset.classes, member), deep)
+        yield from condensed(found) if wrong or reason else found
 
 
 def _fetch(
-    storage: Storage, key: str, expected: str, num_bytes: int | None = None
+    storage: Storage, key: str, owners: dict[str, str], expected: str, num_bytes: int | None = None
 ) -> tuple[bytes | None, str | None]:
+    """An object, unless it is missing or that of another shard; and what is wrong with it.
+
+    owners: the addresses of all of its kind by their SHA-256.
+    """
     try:
         data = storage.get(key)
     except ObjectMissing:
@@ -95,9 +151,12 @@ def _fetch(
     except UserError as error:
         # a name that could lead out of the prefix
         return None, str(error)
+    found = sha256(data)
+    if found != expected and (owner := owners.get(found)):
+        # its samples would say no more than this
+        return None, f"has the bytes of {owner}: the two were exchanged, or that one was copied over this one"
     if num_bytes is not None and len(data) != num_bytes:
         return data, f"has {len(data)} bytes, and the data set says {num_bytes}"
-    found = sha256(data)
     if found != expected:
         return data, f"has SHA-256 {found[:16]}…, and the data set says {expected[:16]}…"
     return data, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from pipelines.duplicates import twice
 from pipelines.errors import printable
@@ -37,6 +38,20 @@ def check_index(
     ):
         if there != named:
             yield Problem(where, None, f"says {there} {name}, and {said_by} says {named}")
+
+
+# what differs between reasons of one kind: numbers, and what is quoted
+_PARTICULARS = re.compile(r"""(['"]).*\1|\d+""")
+
+
+def condensed(problems: Iterable[Problem]) -> list[Problem]:
+    """Of the samples of an object that are wrong in one way the first, which says how many more there are."""
+    first: dict[object, Problem] = {}
+    for number, problem in enumerate(problems):
+        kind = number if problem.sample is None else (problem.object, _PARTICULARS.sub("", problem.reason))
+        known = first.get(kind)
+        first[kind] = problem if known is None else replace(known, more=known.more + 1)
+    return list(first.values())
 
 
 def check_samples(
