@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.errors import UserError, one_line
 
@@ -17,9 +18,25 @@ def compile_frozen(model: nn.Module, example: Callable[[], object]) -> None:
     by rounding. Call it in `torch.inference_mode()`. Raises `UserError` where the machine can't compile, for want
     of a C++ compiler, say.
     """
+    compiled = torch.compile(model.forward, dynamic=False)
+
+    def forward(*arguments: Any) -> Any:
+        return compiled(*map(_plain, arguments))
+
+    model.forward = forward
     # given to compile(), the option comes too late for the tracing, which must know that weights are constants
     with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
-        _compile(model, example, "sample.compile")
+        _try(example, "sample.compile")
+
+
+def _plain(argument: Any) -> Any:
+    """For a tensor of another layout in memory, or one not made in inference mode, all would be compiled anew, and
+    not with constants: a sampler begins with noise of one kind and goes on with outputs of another.
+    """
+    if not isinstance(argument, Tensor):
+        return argument
+    argument = argument.contiguous()
+    return argument if argument.is_inference() == torch.is_inference_mode_enabled() else argument.clone()
 
 
 def compile_training(model: nn.Module, example: Callable[[], object]) -> None:
@@ -27,11 +44,11 @@ def compile_training(model: nn.Module, example: Callable[[], object]) -> None:
 
     Its outputs and gradients differ from the uncompiled network's by rounding. Raises `UserError` as above.
     """
-    _compile(model, example, "train.compile")
-
-
-def _compile(model: nn.Module, example: Callable[[], object], setting: str) -> None:
     model.compile(dynamic=False)
+    _try(example, "train.compile")
+
+
+def _try(example: Callable[[], object], setting: str) -> None:
     try:
         example()
     except Exception as error:  # noqa: BLE001  the compilers' errors have no common base

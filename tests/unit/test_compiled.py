@@ -26,7 +26,7 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 def test_a_compiled_network_is_the_network_but_for_rounding() -> None:
-    config = tiny_config().model
+    config = tiny_config("model.in_channels=3").model
     torch.manual_seed(0)
     net = build_network(config).eval().requires_grad_(False)
     for parameter in net.parameters():
@@ -47,6 +47,9 @@ def test_a_compiled_network_is_the_network_but_for_rounding() -> None:
                 parameter.zero_()
         # the convolutions' weights are constants by now, laid out as they are read: what makes it fast
         torch.testing.assert_close(net(x, t), expected, rtol=1e-4, atol=1e-5)
+        # also for the layout that the network's own outputs have
+        other = x.contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(net(other, t), expected, rtol=1e-4, atol=1e-5)
     assert len(asked) == 1
 
 
