@@ -20,8 +20,8 @@ def compile_frozen(model: nn.Module, example: Callable[[], object]) -> None:
     """
     compiled = torch.compile(model.forward, dynamic=False)
 
-    def forward(*arguments: Any) -> Any:
-        return compiled(*map(_plain, arguments))
+    def forward(*arguments: Any, **named: Any) -> Any:
+        return compiled(*map(_plain, arguments), **{name: _plain(value) for name, value in named.items()})
 
     model.forward = forward
     # given to compile(), the option comes too late for the tracing, which must know that weights are constants
