@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,26 @@ def test_every_image_lies_in_exactly_one_unit(
     pending = pending_units(made, done)
     assert sorted([*pending, *done]) == list(range(len(units)))
     assert pending_units(made, range(len(units))) == []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_a_compiled_network_is_compiled_once_for_all_units(
+    checkpoint: Checkpoint, config: Config, tmp_path: Path
+) -> None:
+    """Whatever kinds of tensors a sampler goes on with."""
+    made = recipe(checkpoint, config, compile=True)
+    plain = recipe(checkpoint, config)
+    maker = UnitMaker(made, str(tmp_path / "set"), "cpu")
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        images = [
+            make_images(maker._model, maker._schedule, made, numbers, CPU) for numbers in ((0, 1), (4, 5, 6))
+        ]
+        model, schedule = load_model(checkpoint, CPU)
+        expected = [make_images(model, schedule, plain, numbers, CPU) for numbers in ((0, 1), (4, 5, 6))]
+    for one, other in zip(images, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
 def made_set(config: Config, checkpoint: Checkpoint) -> tuple[Recipe, SampleSet]:
