@@ -444,6 +444,21 @@ def test_what_can_not_be_made_again_byte_for_byte_is_refused_and_the_rest_stays(
     assert not verify_dataset(Dataset.load(str(out))).problems
 
 
+def test_a_repair_takes_no_other_shard_that_is_whole_for_the_one_named(photos: Path, tmp_path: Path) -> None:
+    """As an attempt with another zlib might have left: tar and index agree, and are not what the record names."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    prepare(str(photos), str(out), shard_count=3)
+    whole = files(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_shards, "pack", lambda samples: pack(padded(sample) for sample in samples))
+        prepare(str(photos), str(other), shard_count=3)
+    for name in ("train/shard-000001.tar", "train/shard-000001.index.parquet"):
+        (out / name).write_bytes((other / name).read_bytes())
+    (out / "train/shard-000002.tar").unlink()
+    prepare(str(photos), str(out), shard_count=3)
+    assert files(out) == whole
+
+
 def padded(sample: Sample) -> Sample:
     return sample._replace(image=sample.image + b"\0")
 
