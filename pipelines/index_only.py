@@ -16,7 +16,7 @@ from pipelines.errors import UserError, printable
 from pipelines.images import check_levels
 from pipelines.index_scan import SCANS, Scanned, Scans, scan_tar
 from pipelines.prepare import Progress
-from pipelines.prepare_commit import claim, commit, finished
+from pipelines.prepare_commit import check_writable, claim, commit, finished
 from pipelines.prepare_plan import keyed_hash
 from pipelines.prepare_shards import MAX_NAMED, BadImages, Workers
 from pipelines.shards import index_of, sha256
@@ -69,6 +69,7 @@ def index_tars(
     for name, value in (("--image", image), ("--label", label)):
         if value is not None and printable(value) != value:
             raise UserError(f"{name} {printable(value)}: is no UTF-8 text that can be shown")
+    check_writable(out)
     storage = open_storage(out)
     options: dict[str, Any] = {
         "source": "index-only",

@@ -15,7 +15,7 @@ from functools import partial
 from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
 from pipelines.errors import UserError
 from pipelines.png import PngEncoder, check_encoder
-from pipelines.prepare_commit import claim, commit, discard, finished, incomplete
+from pipelines.prepare_commit import check_writable, claim, commit, discard, finished, incomplete
 from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, plan_shards
 from pipelines.prepare_shards import (
     MAX_NAMED,
@@ -74,6 +74,7 @@ def prepare(
     other error what is written stays, and the next call goes on from it.
     """
     _check_options(test_fraction, shard_count, samples_per_shard)
+    check_writable(out)
     storage = open_storage(out)
     found = open_source(source, labels=labels, image=image, label=label, workers=workers)
     preprocessing = _preprocessing(found, image_size, channels, levels, png_encoder, workers)

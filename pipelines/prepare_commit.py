@@ -23,7 +23,7 @@ from pipelines.dataset import (
     load_from,
     shards_to_parquet,
 )
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable, without_password
 from pipelines.prepare_shards import ShardPlan
 from pipelines.shards import sha256
 from pipelines.storage import ObjectMissing, Storage, StorageError
@@ -31,6 +31,12 @@ from pipelines.storage import ObjectMissing, Storage, StorageError
 CLAIM_KEY = "preparation.json"
 _STATE = "source_state"
 _NAMED = 3
+
+
+def check_writable(out: str) -> None:
+    """Raise `UserError` where no data set can be written to, before it is tried for long."""
+    if out.lower().startswith(("https://", "http://")):
+        raise UserError(f"out: {printable(without_password(out))}: is read only: write to s3:// or a folder")
 
 
 def finished(storage: Storage, options: Mapping[str, Any], state: str = "") -> Dataset | None:

@@ -363,6 +363,12 @@ def test_a_label_that_no_sample_has_is_refused(tmp_path: Path, make: Callable[..
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("make", [index_tars, prepare])
+def test_a_place_that_is_read_only_is_refused_at_once(tmp_path: Path, make: Callable[..., Dataset]) -> None:
+    with pytest.raises(UserError, match=r"^out: https://example\.invalid/x: is read only: write to s3://"):
+        make(str(put_tars(tmp_path / "in")), "https://example.invalid/x")
+
+
 def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:
     photos, out = put_photos(tmp_path / "in"), tmp_path / "out"
     dataset = prepare(str(photos), str(out))
