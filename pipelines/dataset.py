@@ -168,15 +168,11 @@ class Dataset:
         return printable(f"{self.uri}/{shard.index_key}")
 
     def what_to_run(self, *, deep: bool = False) -> str:
-        """What somebody should do for whom it turned out to be damaged."""
-        names = f"`ddpm verify {printable(self.uri)}{' --deep' if deep else ''}` names all that is damaged"
-        preparation = self.record.get("preparation")
-        if isinstance(preparation, dict) and preparation.get("source") == "index-only":
-            # tars that prepare did not write, it cannot write again
-            return (
-                f"{names}; give its tars back as they were, or skip bad samples with data.on_bad_sample=skip"
-            )
-        return f"{names}; delete that, and the same `ddpm prepare` makes it again"
+        """For whom it turned out to be damaged: the command that names the damage and says what to do about it
+        (`pipelines.verify_dataset`, which sees all of it).
+        """
+        command = f"ddpm verify {printable(self.uri)}{' --deep' if deep else ''}"
+        return f"`{command}` names all that is damaged, and what to do"
 
     def count(self, split: str) -> int:
         """How many samples the split holds."""

@@ -351,9 +351,13 @@ def test_of_tars_that_stay_damage_is_not_to_be_deleted(tmp_path: Path) -> None:
     shard = dataset.shards("train")[0]
     tar = tars / shard.key.rpartition("/")[2]
     tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX"))
-    with pytest.raises(DataError, match="names all that is damaged; give its tars back as they were") as told:
+    with pytest.raises(DataError, match=r"names all that is damaged, and what to do$") as told:
         list(read_split(dataset, "train"))
-    assert "delete" not in str(told.value)
+    command = str(told.value).split("`")[1]
+    assert command == f"ddpm verify {dataset.uri}"
+    advice = verify_dataset(dataset).advice
+    assert advice.startswith("restore each tar that is named")
+    assert "delete" not in advice
 
 
 @pytest.mark.parametrize("make", [index_tars, prepare])

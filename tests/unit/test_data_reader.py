@@ -142,9 +142,7 @@ def test_an_altered_object_is_fetched_three_times_and_then_named(
     bad = f"train/shard-000001.{suffix}"
     (tmp_path / bad).write_bytes(damage((tmp_path / bad).read_bytes()))
     storage = watched(dataset)
-    advice = (
-        f"`ddpm verify {dataset.uri}` names all that is damaged; delete that, and the same `ddpm prepare`"
-    )
+    advice = f"`ddpm verify {dataset.uri}` names all that is damaged, and what to do"
     with pytest.raises(DataError, match=rf"{bad}: is damaged or was exchanged.*; {advice}") as error:
         list(read_split(through(dataset, storage), "train"))
     assert "\n" not in str(error.value)
