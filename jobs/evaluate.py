@@ -112,6 +112,8 @@ def table(report: dict[str, Any]) -> str:
         f"{d['name']:<10} {d['frechet']:>10.3f} {d['kernel']:>10.4f} {d['confidence']:>11.3f}"
         for d in report["distances"]
     ]
+    # reports of earlier versions have none
+    lines += [f"warning: {warning}" for warning in report.get("warnings", [])]
     shares = sorted(report["class_shares"].items(), key=lambda item: float(item[1]))
     lines += [
         f"(in the features of {report['classifier']}, {report['classifier_accuracy']:.1%} right on held-out "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,8 @@ class Evaluation:
     """Of the chain that the images were drawn from, if it has one."""
     sampler_bound_of: str
     """Which chain that is, or why it has none."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes the distances say little, a line each."""
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -110,7 +112,8 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
     classifier = train_classifier(
         train_images, train_labels, seed=config.seed, num_classes=len(dataset.classes)
     )
-    count = min(len(train_images), len(test_images), record.count, _MOST_IMAGES)
+    sides = (len(train_images), len(test_images), record.count)
+    count = min(*sides, _MOST_IMAGES)
     if count < 2:
         raise UserError(f"{samples.uri}: distances need at least 2 images a side, and here there is {count}")
     reference = classifier.features(test_images[:count])
@@ -135,8 +138,29 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
         classifier_accuracy=classifier.accuracy(test_images, test_labels),
         distances=distances,
         class_shares={name: float(share) for name, share in zip(dataset.classes, shares, strict=True)},
+        warnings=too_few(*sides, classifier.num_features),
         **bounds,
     )
+
+
+def too_few(train: int, test: int, samples: int, num_features: int) -> list[str]:
+    """The warning of distances between so few images that the fitted Gaussians have no full rank, or nothing.
+
+    The covariance of n feature vectors of d numbers has rank n − 1 at most, and d needs n > d.
+    """
+    asked = {
+        "samples": (samples, "sample.count"),
+        "held-out images": (test, "prepare.test_fraction"),
+        "training images": (train, "the number of images prepared"),
+    }
+    short = {name: found for name, found in asked.items() if found[0] <= num_features}
+    if not short:
+        return []
+    there = ", ".join(f"{count} {name} (raise {setting})" for name, (count, setting) in short.items())
+    return [
+        f"the distances mean little: there are {there}, and {num_features} features need at least "
+        f"{num_features + 1} images a side, below which the covariances in Fréchet have no full rank"
+    ]
 
 
 def _bounds(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from pipelines import evaluate as module
 from pipelines.checkpoints import Checkpoint, Checkpoints
 from pipelines.config import Config
 from pipelines.dataset import Dataset
+from pipelines.distances import moments
 from pipelines.errors import UserError
-from pipelines.evaluate import Evaluation, evaluate
+from pipelines.evaluate import Evaluation, evaluate, too_few
 from pipelines.evaluation_pictures import draw
 from pipelines.evaluation_record import (
     Finished,
@@ -166,6 +167,31 @@ def test_bits_per_dim_of_the_model_and_of_what_is_sampled(
     said = table(found.to_json())
     assert "of the model (all 50 timesteps, variance fixed_small, x̂_0 clipped), on 12 held-out images" in said
     assert f"of what is sampled: none; {of}" in said or f"of what is sampled ({of})" in said
+
+
+def test_too_few_images_are_told_in_the_report_and_the_table(
+    config: Config, dataset: Dataset, checkpoint: Checkpoint
+) -> None:
+    _, samples = samples_of(config, checkpoint)
+    report = evaluate(config, dataset, checkpoint, samples).to_json()
+    [warning] = report["warnings"]
+    assert warning == (
+        "the distances mean little: there are 10 samples (raise sample.count), 12 held-out images (raise "
+        "prepare.test_fraction), and 32 features need at least 33 images a side, below which the covariances in "
+        "Fréchet have no full rank"
+    )
+    assert f"\nwarning: {warning}\n" in table(report)
+    # a report of an earlier version
+    del report["warnings"]
+    assert "warning" not in table(report)
+
+
+@pytest.mark.parametrize("count", [2, 32, 33, 100])
+def test_too_few_is_where_the_covariance_has_no_full_rank(count: int) -> None:
+    features = np.random.default_rng(0).normal(size=(count, 32))
+    full = np.linalg.matrix_rank(moments(features)[1]) == 32
+    assert bool(too_few(100, 100, count, 32)) != full
+    assert bool(too_few(100, count, 100, 32)) == bool(too_few(count, 100, 100, 32)) != full
 
 
 def _report_is_json(found: Evaluation) -> None:
