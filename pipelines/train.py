@@ -4,41 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ddpm_core.samplers import SamplerConfig, sample
 from pipelines.bad_samples import too_many
 from pipelines.checkpoints import Checkpoints, step_name
-from pipelines.conditioning import conditioned, fitted
 from pipelines.config import Config, digest
 from pipelines.dataset import Dataset
 from pipelines.disk_cache import fetch_through
 from pipelines.errors import UserError
-from pipelines.grids import grid_png
 from pipelines.held_out import bound_metrics, held_out_bound
-from pipelines.images import to_uint8
+from pipelines.preview import preview
 from pipelines.reader import StreamBatches
 from pipelines.records import read_record
 from pipelines.stages import load_stages
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
-from pipelines.training import Learner, TrainingError, is_due
+from pipelines.training import Learner, TrainingError, diverged, is_due
 from pipelines.world import World, streams_of
 
 log = logging.getLogger(__name__)
 
 RUN_RECORD = "run.json"
 RUN_VERSION = 1
-_GRID = 64
-_PREVIEW_STEPS = 25
 
 
 class RunRecord(BaseModel):
@@ -290,36 +286,22 @@ class _Clock:
 
 
 def _evaluate(run: Run, learner: Learner, world: World, tracker: Tracker, step: int) -> dict[str, float]:
+    """The bound on held-out images, and on rank 0 a picture of samples for the tracker.
+
+    Raises `TrainingError` where the averaged network gives NaN, on every worker alike.
+    """
     config = run.config
     model = learner.averaged()
     estimate = held_out_bound(run.dataset, config, model, world, config.bound.num_images)
+    if math.isnan(estimate.total):
+        raise diverged(step, f"held-out bound {estimate.total} bits/dim", config.optimizer)
     if world.rank == 0:
         log.info("step %d  held out: %.4f ± %.4f bits/dim", step, estimate.total, estimate.total_stderr)
         if not isinstance(tracker, NoTracker):
-            with torch.inference_mode():
-                index = torch.arange(_GRID, device=world.device)
-                classes = config.model.num_classes
-                x = sample(
-                    conditioned(model, learner.schedule, None if classes is None else index % classes),
-                    learner.schedule,
-                    _preview(config),
-                    seed=config.seed,
-                    index=index,
-                    shape=run.dataset.shape,
-                    prediction_type=config.objective.prediction_type,
-                    device=world.device,
-                )
-            tracker.artifact(
-                f"samples/{step_name(step)}.png", grid_png(to_uint8(x.cpu(), run.dataset.levels).numpy())
-            )
+            picture = preview(config, run.dataset, model, learner.schedule, world.device, step)
+            if picture is not None:
+                tracker.artifact(f"samples/{step_name(step)}.png", picture)
     return bound_metrics(estimate)
-
-
-def _preview(config: Config) -> SamplerConfig:
-    """A sampler of few steps, since the other workers wait while rank 0 draws the grid."""
-    steps = min(_PREVIEW_STEPS, config.schedule.num_timesteps)
-    quick = replace(config.sampler, kind="ddim", num_steps=steps, eta=0.0, spacing="linspace")
-    return fitted(quick, config.model)
 
 
 def _save(run: Run, learner: Learner, checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:

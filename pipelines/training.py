@@ -38,6 +38,14 @@ class TrainingError(UserError):
     exit_code = 1
 
 
+def diverged(step: int, what: str, optimizer: OptimizerConfig) -> TrainingError:
+    """The error of a run in which `what` is no finite number any more after `step` steps."""
+    return TrainingError(
+        f"step {step}: {what}: training diverged; lower optimizer.learning_rate ({optimizer.learning_rate}) or "
+        f"lengthen optimizer.warmup_steps ({optimizer.warmup_steps})"
+    )
+
+
 class Samples(Protocol):
     """A micro-batch, as `pipelines.reader.MicroBatch` holds it."""
 
@@ -139,11 +147,7 @@ class Learner:
             loss_sum += self._backward(step, part, t, weights, noise, drawn)
         loss, grad_norm, drawn, num_bad = self._reduce(loss_sum, drawn, num_bad, world)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: training diverged; "
-                f"lower optimizer.learning_rate ({config.optimizer.learning_rate}) or lengthen "
-                f"optimizer.warmup_steps ({config.optimizer.warmup_steps})"
-            )
+            raise diverged(step + 1, f"loss {loss}, gradient norm {grad_norm}", config.optimizer)
         rate = learning_rate(config.optimizer, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -27,11 +27,11 @@ from pipelines.plan import network_bytes, training_plan
 from pipelines.reader import StreamBatches
 from pipelines.storage import open_storage
 from pipelines.tracking import History
-from pipelines.train import Run, claim, open_run, train
+from pipelines.train import Run, _evaluate, claim, open_run, train
 from pipelines.training import Learner, StepResult, TrainingError, is_due, learning_rate
 from pipelines.world import SingleWorker, World, streams_of
 from tests.support.data import dataset_of, packed, put_dataset, random_images
-from tests.support.runs import Batch, TeamWorker, made_up_batches, tiny_config, together
+from tests.support.runs import Batch, Kept, TeamWorker, made_up_batches, tiny_config, together
 
 CPU = torch.device("cpu")
 
@@ -567,6 +567,41 @@ def test_a_run_that_diverges_keeps_its_checkpoints(short: Config, monkeypatch: p
     run = open_run(short)
     assert Checkpoints(run.storage).steps() == [4]
     assert Checkpoints(run.storage).open(4).read_all().step == 4
+
+
+def test_a_run_whose_average_gives_nan_ends_at_its_evaluation(
+    short: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step before an evaluation may be the one that breaks the weights, its own loss being finite."""
+    step = Learner.step
+
+    def break_afterwards(self: Learner, number: int, *rest: Any) -> StepResult:
+        result = step(self, number, *rest)
+        if number == 7:
+            for tensor in self.ema.tensors.values():
+                tensor.fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(Learner, "step", break_afterwards)
+    with pytest.raises(
+        TrainingError, match=r"^step 8: held-out bound nan bits/dim: training diverged; lower opt"
+    ):
+        trained(short)
+    assert Checkpoints(open_run(short).storage).steps() == [4]
+
+
+def test_a_preview_that_holds_nan_is_left_out_with_a_warning(
+    short: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sampler may run away where the network is sound."""
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    monkeypatch.setattr("pipelines.preview.sample", lambda *_, **__: torch.full((64, 1, 8, 8), math.nan))
+    run, tracker = open_run(short), Kept()
+    with caplog.at_level(logging.WARNING, "pipelines"):
+        found = _evaluate(run, Learner(short, CPU), SingleWorker(CPU), tracker, 4)
+    assert math.isfinite(found["held_out/total"])
+    assert tracker.artifacts == {}
+    assert "step 4: no picture of samples: the sampler gives numbers that are no numbers (NaN)" in caplog.text
 
 
 @pytest.mark.parametrize(
