@@ -328,7 +328,7 @@ def test_a_trained_run_whose_last_checkpoint_is_damaged_trains_its_steps_again(
     code, out, err = ddpm("train", *tiny, *steps, "--local")
     assert code == 0, err
     assert "already" not in out
-    assert "step 1 → 2" in out
+    assert ": to step 2, from the checkpoint of step 1; file:" in out
     assert "trained 2 steps" in out
     if file.exists() or what != "commit":
         # without its commit record it is no checkpoint, and nothing is damaged
@@ -339,6 +339,20 @@ def test_a_trained_run_whose_last_checkpoint_is_damaged_trains_its_steps_again(
     code, out, err = ddpm("train", *tiny, *steps, "--local")
     assert (code, err) == (0, "")
     assert "trained 2 steps already" in out
+
+
+def test_what_is_said_of_the_checkpoint_to_go_on_from_is_true(ddpm: Outcome, tiny: list[str]) -> None:
+    every = (*STEPS, "--set", "train.checkpoint_every=1", "--local")
+    code, out, _ = ddpm("train", *tiny, *every)
+    assert code == 0
+    assert re.search(r": to step 2; file:", out)
+    place = Path(out.strip().rpartition("file://")[2])
+    [weights] = place.glob("weights*")
+    cut(weights)
+    code, out, err = ddpm("train", *tiny, *every, "--set", "train.steps=3")
+    assert code == 0
+    assert ": to step 3, from the checkpoint of step 2 unless it is damaged; file:" in out
+    assert "going on from step 1\n" in err
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
