@@ -18,7 +18,7 @@ from pipelines.index_scan import SCANS, Scanned, Scans, scan_tar
 from pipelines.prepare import Progress
 from pipelines.prepare_commit import check_writable, claim, commit, finished
 from pipelines.prepare_plan import keyed_hash
-from pipelines.prepare_shards import MAX_NAMED, BadImages, Workers
+from pipelines.prepare_shards import MAX_NAMED, Bad, BadImages, Workers
 from pipelines.shards import index_of, sha256
 from pipelines.source_find import Found, find
 from pipelines.source_tar import LABEL_EXTENSION
@@ -228,7 +228,7 @@ def _scan_all(
     workers: Workers | None,
 ) -> list[Scanned]:
     result: dict[str, Scanned] = {}
-    bad: list[str] = []
+    bad: list[Bad] = []
     kept = {info.key for info in scans.storage.list(SCANS)}
     for key, size in found.keys.items():
         if scans.key_of(key) in kept and (tar := scans.get(key, size, found.versions[key])):

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipelines.errors import UserError, printable
 from pipelines.images import stored_shape
-from pipelines.prepare_shards import MAX_NAMED
+from pipelines.prepare_shards import MAX_NAMED, Bad, OtherShape
 from pipelines.preprocess import check_plain
 from pipelines.shards import crc32c, read_parquet, sha256, to_parquet
 from pipelines.source_find import read_object
@@ -24,12 +24,13 @@ _COLUMNS = {"key": pa.string(), "offset": pa.int64(), "length": pa.int64(), "crc
 _SCHEMA = pa.schema([*_COLUMNS.items(), ("labelled", pa.bool_()), ("label", pa.string())])
 _META = b"ddpm.scan"
 _VERSION = 1
+_ADVICE = "prepare without --index-only"
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What is known of one tar once it has been read. `labels`: as they are written, None for none. `bad`: a line
-    for each image that can't be taken, `MAX_NAMED` at most.
+    """What is known of one tar once it has been read. `labels`: as they are written, None for none. `bad`: the
+    images that can't be taken, `MAX_NAMED` at most.
     """
 
     key: str
@@ -39,7 +40,7 @@ class Scanned:
     labels: tuple[str | None, ...]
     shape: tuple[int, int, int] | None
     passed_over: tuple[str, ...]
-    bad: tuple[str, ...] = ()
+    bad: tuple[Bad, ...] = ()
 
 
 def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, label: str | None) -> Scanned:
@@ -52,20 +53,23 @@ def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, labe
     listed = list_tar(_InMemory(storage.uri, data), key, num_bytes, image, label)
     columns: dict[str, list[str | int]] = {name: [] for name in ("key", "offset", "length", "crc32c")}
     first: tuple[int, int, int] | None = None
-    bad: list[str] = []
+    bad: list[Bad] = []
     for sample, extension in zip(listed.samples, listed.images, strict=True):
         offset, size = next((at, size) for name, at, size in sample.members if name == extension)
         body = data[offset : offset + size]
-        name = f"{where}/{printable(sample.key)}"
+        name = f"source: {where}/{printable(sample.key)}"
+        wrong: str | OtherShape | None = None
         try:
             check_plain(body)
             shape = stored_shape(body)
             if first is not None and shape != first:
-                raise ValueError(f"is of shape {list(shape)}, and the first image {list(first)}")
+                wrong = OtherShape(f"of shape {list(shape)}", f"of shape {list(first)}", _ADVICE)
             sample.key.encode()
         except ValueError as error:
             reason = "its key is no UTF-8 text" if isinstance(error, UnicodeEncodeError) else error
-            bad.append(f"source: {name}: {reason}: prepare without --index-only")
+            wrong = f"{reason}: {_ADVICE}"
+        if wrong is not None:
+            bad.append(Bad(name, wrong))
             if len(bad) == MAX_NAMED:
                 break
             continue

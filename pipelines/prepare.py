@@ -19,6 +19,7 @@ from pipelines.prepare_commit import check_writable, claim, commit, discard, fin
 from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, plan_shards
 from pipelines.prepare_shards import (
     MAX_NAMED,
+    Bad,
     BadImage,
     BadImages,
     Job,
@@ -70,8 +71,9 @@ def prepare(
     makes the shards; without it they are made here, one by one.
 
     Raises `UserError` on a bad option, source or image, and where `out` holds a data set that was made
-    otherwise. Of bad images the first 20 are named, a line each, and nothing of what was written stays. After any
-    other error what is written stays, and the next call goes on from it.
+    otherwise. Of bad images the first 20 are named, a line each (one for all that are only of another size), and
+    nothing of what was written stays. After any other error what is written stays, and the next call goes on from
+    it.
     """
     _check_options(test_fraction, shard_count, samples_per_shard)
     check_writable(out)
@@ -176,7 +178,7 @@ def _write_shards(
     ]
     total, done = sum(len(plan.entries) for plan in plans), 0
     shards: dict[int, Shard] = {}
-    bad: list[str] = []
+    bad: list[Bad] = []
 
     def left() -> Iterator[Job]:
         for job in jobs:
@@ -196,7 +198,7 @@ def _write_shards(
     with contextlib.closing(made):
         for job, shard in made:
             if isinstance(shard, Refused):
-                bad += shard.lines
+                bad += shard.bad
             else:
                 shards[job.number] = shard
             done += len(job.plan.entries)
@@ -211,13 +213,13 @@ def _shape_of_first(
     plans: list[ShardPlan], source: Source, preprocessing: Preprocessing
 ) -> tuple[int, int, int]:
     """Which shape all images must have: that of the first good one, also where an earlier attempt wrote it."""
-    bad: list[str] = []
+    bad: list[Bad] = []
     entries = [entry for plan in plans for entry in plan.entries]
     for entry in entries:
         try:
             return convert(source.reader, entry, preprocessing, None).shape
         except BadImage as error:
-            bad.append(str(error))
+            bad.append(error.bad)
         if len(bad) == MAX_NAMED:
             break
     raise BadImages.of(bad, len(entries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -15,7 +16,8 @@ from pipelines.sources import Entry, Reader
 from pipelines.storage import Storage
 
 MAX_NAMED = 20
-"""So many bad images are named, and with the last of them the search for more ends."""
+"""So many bad images are told of, and with the last of them the search for more ends."""
+_SHAPES_NAMED = 5
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -68,29 +70,80 @@ class Job:
     named: Shard | None = None
 
 
-class BadImage(UserError):
-    """An image that can't be taken, by its name and with the reason."""
+@dataclass(frozen=True)
+class OtherShape:
+    """Why an image can't be taken beside the first one; both shapes and what to do about it, in words."""
+
+    found: str
+    first: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Bad:
+    """An image that can't be taken: its name, and the reason."""
+
+    name: str
+    reason: str | OtherShape
+
+    def __str__(self) -> str:
+        why = self.reason
+        if isinstance(why, OtherShape):
+            return f"{self.name}: is {why.found} and the first image {why.first}: {why.advice}"
+        return f"{self.name}: {why}"
+
+
+class BadImage(Exception):
+    """`bad` of it can't be taken."""
+
+    def __init__(self, bad: Bad) -> None:
+        super().__init__(bad)
+        self.bad = bad
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A shard that was not made, with a line for each of its bad images, `MAX_NAMED` at most."""
+    """A shard that was not made, and its bad images, `MAX_NAMED` at most."""
 
-    lines: tuple[str, ...]
+    bad: tuple[Bad, ...]
 
 
 class BadImages(UserError):
-    """A source that can't become a data set, with a line for each of its bad images."""
+    """A source that can't become a data set, with a line for each of its bad images, but one for all that are only
+    of another shape than the first one.
+    """
 
     @classmethod
-    def of(cls, lines: Iterable[str], total: int) -> BadImages:
-        """Of a source of so many images; `MAX_NAMED` lines at most."""
-        told = sorted(lines)[:MAX_NAMED]
+    def of(cls, bad: Iterable[Bad], total: int) -> BadImages:
+        """Of a source of so many images; `MAX_NAMED` of them at most."""
+        told = sorted(bad, key=str)[:MAX_NAMED]
+        lines = _lines(told)
         if len(told) == MAX_NAMED:
-            told.append(f"{MAX_NAMED} images can't be taken, where the search ended: there may be more")
+            lines.append(f"{MAX_NAMED} images can't be taken, where the search ended: there may be more")
         elif len(told) > 1:
-            told.append(f"{len(told)} of {total} images can't be taken")
-        return cls("\n".join(told))
+            lines.append(f"{len(told)} of {total} images can't be taken")
+        return cls("\n".join(lines))
+
+
+def _lines(told: Sequence[Bad]) -> list[str]:
+    alike: dict[object, list[Bad]] = {}
+    for bad in told:
+        why = bad.reason
+        alike.setdefault((why.first, why.advice) if isinstance(why, OtherShape) else bad, []).append(bad)
+    lines = []
+    for one, *more in alike.values():
+        if not more or not isinstance(one.reason, OtherShape):
+            lines.append(str(one))
+            continue
+        found = Counter(bad.reason.found for bad in (one, *more) if isinstance(bad.reason, OtherShape))
+        shapes = ", ".join(f"{shape} ({count})" for shape, count in found.most_common(_SHAPES_NAMED))
+        others = len(found) - _SHAPES_NAMED
+        rest = f" and {others} more" if others > 0 else ""
+        lines.append(
+            f"{one.name} and {len(more)} more are not {one.reason.first} like the first image, but {shapes}{rest}: "
+            f"{one.reason.advice}"
+        )
+    return lines
 
 
 def any_colour(reader: Reader, entries: Sequence[Entry]) -> bool:
@@ -113,13 +166,13 @@ def make_shard(
         return there
 
     samples: dict[str, Sample] = {}
-    bad: list[str] = []
+    bad: list[Bad] = []
     # whatever has to be read as a whole is read once, and the samples lie in their order all the same
     for done, entry in enumerate(sorted(plan.entries, key=lambda entry: entry.group), 1):
         try:
             made = convert(recipe.reader, entry, recipe.preprocessing, recipe.shape)
         except BadImage as error:
-            bad.append(str(error))
+            bad.append(error.bad)
             if len(bad) == MAX_NAMED:
                 break
         else:
@@ -175,10 +228,9 @@ def convert(
         image, found = preprocessing.apply(loaded.image)
         check_members(image, entry.label, loaded.members)
     except ValueError as error:
-        raise BadImage(f"{entry.name}: {error}") from None
+        raise BadImage(Bad(entry.name, str(error))) from None
     if shape is not None and found != shape:
-        raise BadImage(
-            f"{entry.name}: is {found[2]}×{found[1]} pixels and the first image {shape[2]}×{shape[1]}: "
-            "give image_size to make them one"
-        )
+        advice = "set prepare.image_size to make them one size"
+        why = OtherShape(f"{found[2]}×{found[1]} pixels", f"{shape[2]}×{shape[1]} pixels", advice)
+        raise BadImage(Bad(entry.name, why))
     return Converted(Sample(entry.key, image, entry.label, loaded.members), found)

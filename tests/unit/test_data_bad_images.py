@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,33 @@ def test_after_twenty_the_search_ends(photos: Path, tmp_path: Path, number: int,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("at_once", [None, 3])
+def test_those_of_other_sizes_are_one_line(photos: Path, tmp_path: Path, at_once: int | None) -> None:
+    workers = None if at_once is None else Elsewhere(at_once)
+    for number in (3, 30, 47):
+        write_image(photos / f"{number:02d}.png", np.zeros((9, 16 if number == 30 else 5), np.uint8))
+    (photos / "20.png").write_text("words")
+    told = lines(photos, tmp_path / "out", workers=workers)
+    assert told == [
+        f"{photos}/03.png and 2 more are not 8×8 pixels like the first image, but 5×9 pixels (2), 16×9 pixels (1): "
+        "set prepare.image_size to make them one size",
+        f"{photos}/20.png: not an image that Pillow can read as PNG, JPEG, BMP, WEBP, GIF, TIFF or PPM",
+        f"4 of {COUNT} images can't be taken",
+    ]
+
+
+def test_of_many_sizes_the_most_frequent_are_told(photos: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        write_image(photos / f"{number:02d}.png", np.zeros((9, 10 + number), np.uint8))
+    plans = plan_shards(open_source(str(photos)).entries, 0, 0.1, None, 7)
+    write_image(photos / f"{plans[0].entries[0].key}.png", np.zeros((8, 8), np.uint8))
+    first, last = lines(photos, tmp_path / "out")
+    assert first.count("pixels (1)") == 5
+    assert " and 19 more are not 8×8 pixels like the first image, but " in first
+    assert re.search(r"\) and 15 more: set prepare\.image_size to make them one size$", first)
+    assert last.startswith("20 images can't be taken, where the search ended")
+
+
 def test_once_one_is_bad_no_further_shard_is_written(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +179,22 @@ def test_those_of_tars_that_stay_where_they_are(tmp_path: Path) -> None:
             assert f"{key}: not an image" in line
         assert told[-1] == "4 of 30 images can't be taken"
         assert not (tmp_path / "out").exists()
+
+
+def test_of_tars_that_stay_those_of_other_shapes_are_a_line_a_tar(tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for tar in range(2):
+        small, large = (image_bytes_of(random_images(1, (1, size, size))[0]) for size in (8, 9))
+        shard = pack(Sample(f"{tar}-{row}", small if row == 0 else large) for row in range(4))
+        (tars / f"{tar}.tar").write_bytes(shard.tar)
+    with pytest.raises(UserError) as error:
+        index_tars(str(tars), str(tmp_path / "out"))
+    assert str(error.value).split("\n") == [
+        f"source: {tars.as_uri()}/0.tar/0-1 and 5 more are not of shape [1, 8, 8] like the first image, but "
+        "of shape [1, 9, 9] (6): prepare without --index-only",
+        "6 of 8 images can't be taken",
+    ]
 
 
 def image_bytes_of(pixels: np.ndarray) -> bytes:

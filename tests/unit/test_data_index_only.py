@@ -144,7 +144,7 @@ def turned() -> bytes:
     ("image", "said"),
     [
         (b"", "it is empty"),
-        (image_bytes(Image.new("L", (8, 9))), "is of shape [1, 9, 8], and the first image [1, 8, 8]"),
+        (image_bytes(Image.new("L", (8, 9))), "is of shape [1, 9, 8] and the first image of shape [1, 8, 8]"),
         (image_bytes(Image.new("RGB", (8, 8))), "is of shape [3, 8, 8]"),
         (image_bytes(Image.new("P", (8, 8))), "colour type 3"),
         (image_bytes(Image.new("I;16", (8, 8))), "more than 8 bits"),
