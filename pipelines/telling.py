@@ -67,10 +67,20 @@ def _suggestion(location: Sequence[int | str], model: type[BaseModel]) -> str:
             if others:
                 return f"; it is one of {location[0]}.kind {' or '.join(others)}"
         else:
-            field = model.model_fields.get(str(location[0]))
-            names = _settings(field.annotation) if field is not None else []
+            names = _settings(_section_at(model, location[:-1]))
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}" if names else ""
+
+
+def _section_at(section: Any, location: Sequence[int | str]) -> Any:
+    """What stands at a place below a section: the section of a field, or one of a list of them."""
+    for part in location:
+        if isinstance(part, int):
+            section = next(iter(get_args(section)), None)
+        else:
+            field = getattr(section, "model_fields", {}).get(part)
+            section = field.annotation if field is not None else None
+    return section
 
 
 def _choices(model: type[BaseModel], location: Sequence[int | str]) -> dict[str, Any]:

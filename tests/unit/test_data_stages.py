@@ -338,7 +338,8 @@ def test_an_error_ends_the_stream_also_where_bad_samples_are_skipped(tmp_path: P
         ("[augment]", r"data\.stages\[0\]: must be the dotted name of a callable.*got 'augment'"),
         ("[a.b, 'a-b.c']", r"data\.stages\[1\]: must be the dotted name of a callable.*got 'a-b\.c'"),
         ("[{name: a.b, args: {x: .nan}}]", r"data\.stages\.0\.args\.x.*finite number, got nan"),
-        ("[{name: a.b, arg: {}}]", r"data\.stages\.0\.arg: no such setting"),
+        ("[{name: a.b, arg: {}}]", r"data\.stages\.0\.arg: no such setting; did you mean 'args'\?$"),
+        ("[{name: a.b, strength: 1}]", r"data\.stages\.0\.strength: no such setting; there are name, args$"),
         ("[3]", r"data\.stages\.0: "),
     ],
 )
