@@ -80,8 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     common.use_local_stack(arguments.address)
     config = common.config_of(arguments)
     from pipelines.config import digest
-    from pipelines.stages import code_of
+    from pipelines.stages import check_travelling, code_of
 
+    stages = config.data.stages if arguments.job in ("train", "tune") else ()
+    for note in check_travelling(stages):
+        print(f"note: {note}")
     # not in the name is where and how long it runs: while a run trains, nobody else may train it
     where = {"workers": True, "tracking": True}
     if arguments.job == "train":
@@ -96,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             address=arguments.address,
             run=f"{config.name}-{identity}",
             wait=not arguments.no_wait,
-            code=code_of(config.data.stages) if arguments.job in ("train", "tune") else {},
+            code=code_of(stages),
         )
 
     outcome = submit()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,22 +61,15 @@ def load_stages(configs: Sequence[StageConfig]) -> tuple[LoadedStage, ...]:
     `data.stages[i]` where a name cannot be imported, a factory fails, or what is there is no stage.
     """
     _see_working_directory(configs)
-    return tuple(
-        _load(f"data.stages[{place}]: {config.name}", config) for place, config in enumerate(configs)
-    )
+    return tuple(_load(_label(place, config), config) for place, config in enumerate(configs))
+
+
+def _label(place: int, config: StageConfig) -> str:
+    return f"data.stages[{place}]: {config.name}"
 
 
 def _load(label: str, config: StageConfig) -> LoadedStage:
-    module_name, _, name = config.name.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001  a user's module may fail in every way
-        raise UserError(f"{label}: {module_name} cannot be imported ({_told(error)})") from None
-    if not hasattr(module, name):
-        raise UserError(f"{label}: the module {module_name} has no {name!r}")
-    found = getattr(module, name)
-    if not callable(found):
-        raise UserError(f"{label}: must be a callable, got {type(found).__name__}")
+    found = _find(label, config)
     if config.args is None:
         return LoadedStage(label, found)
     try:
@@ -87,6 +81,61 @@ def _load(label: str, config: StageConfig) -> LoadedStage:
             f"{label}: with args it must return a stage, which is a callable, got {type(made).__name__}"
         )
     return LoadedStage(label, made)
+
+
+def _find(label: str, config: StageConfig) -> Callable[..., Any]:
+    module_name, _, name = config.name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        # a user's module may fail in every way
+        raise UserError(f"{label}: {module_name} cannot be imported ({_told(error)})") from error
+    if not hasattr(module, name):
+        raise UserError(f"{label}: the module {module_name} has no {name!r}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise UserError(f"{label}: must be a callable, got {type(found).__name__}")
+    return found
+
+
+def check_travelling(configs: Sequence[StageConfig]) -> list[str]:
+    """What can be known here of stages that another machine will load.
+
+    Raises `UserError` like `load_stages` for those whose code travels (`code_of`); a factory is not called, but its
+    parameters must take the `args`. Returns a line for each that can't be looked at here, since it, or what it
+    imports, must be installed on the cluster.
+    """
+    code = code_of(configs)
+    notes = []
+    for place, config in enumerate(configs):
+        label = _label(place, config)
+        top = config.name.partition(".")[0]
+        if top not in code:
+            if importlib.util.find_spec(top) is None:
+                notes.append(f"{label}: there is no {top} here; it must be installed on the cluster")
+            continue
+        try:
+            _check_args(label, _find(label, config), config.args)
+        except UserError as error:
+            missing = error.__cause__
+            name = (missing.name or "") if isinstance(missing, ModuleNotFoundError) else ""
+            if not name or name.partition(".")[0] in code:
+                raise
+            notes.append(f"{label}: imports {name}, which is not here; it must be installed on the cluster")
+    return notes
+
+
+def _check_args(label: str, found: Callable[..., Any], args: Mapping[str, Any] | None) -> None:
+    if args is None:
+        return
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        return  # of a callable in C, which says nothing of its parameters
+    try:
+        signature.bind(**args)
+    except TypeError as error:
+        raise UserError(f"{label}: cannot be made with args {args} ({_told(error)})") from None
 
 
 def code_of(configs: Sequence[StageConfig]) -> dict[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,3 +124,21 @@ def test_a_folder_of_this_process_is_one_there_too(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(submission, "submit", submit)
     assert main(["submit", "prepare", "digits", "--config", "digits.yaml", "--out", "here"]) == 0
     assert command_parser("prepare").parse_args([*carried[0], "--config", "x"]).out == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize("job", ["train", "tune", "sample"])
+def test_stages_are_looked_at_before_anything_is_sent(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "sent_nowhere.py").write_text("")
+    asked = answers(monkeypatch, ended(as_asked=True))
+    stages = "data.stages=[no_such_package.x, sent_nowhere.crop]"
+    code = main(["submit", job, "--config", "digits.yaml", "--set", stages])
+    # a job that reads no training images imports nothing
+    assert (code, len(asked)) == ((0, 1) if job == "sample" else (2, 0))
+    error = capsys.readouterr().err
+    assert ("data.stages[1]: sent_nowhere.crop: the module sent_nowhere has no 'crop'" in error) == (
+        code == 2
+    )

@@ -29,7 +29,7 @@ from pipelines.order import Order
 from pipelines.reader import MicroBatch, StreamBatches, read_split
 from pipelines.shards import Sample as Stored
 from pipelines.shards import pack
-from pipelines.stages import LoadedStage, Sample, StageError, Stages, code_of, load_stages
+from pipelines.stages import LoadedStage, Sample, StageError, Stages, check_travelling, code_of, load_stages
 from pipelines.tracking import History
 from pipelines.train import claim, open_run, train
 from pipelines.world import SingleWorker
@@ -495,3 +495,50 @@ def test_a_job_takes_along_what_is_not_installed(augment: Path, tmp_path: Path) 
         "config.yaml",
     } <= names
     assert code_of([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"name": "augment.shfit"}, "the module augment has no 'shfit'"),
+        ({"name": "augment.rng"}, "must be a callable, got module"),
+        ({"name": "mine.broken.x"}, "mine.broken cannot be imported (ZeroDivisionError: division by zero)"),
+        ({"name": "mine.none.x"}, "mine.none cannot be imported (ModuleNotFoundError: "),
+        (
+            {"name": "augment.darken", "args": {"stregth": 1}},
+            "cannot be made with args {'stregth': 1} (TypeError",
+        ),
+        (
+            {"name": "augment.darken", "args": {}},
+            "cannot be made with args {} (TypeError: missing a required",
+        ),
+    ],
+)
+def test_code_that_is_wrong_is_told_before_it_travels(
+    augment: Path, config: dict[str, Any], line: str
+) -> None:
+    (augment / "mine").mkdir()
+    (augment / "mine" / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(UserError) as error:
+        check_travelling([StageConfig(name="augment.shift"), StageConfig.model_validate(config)])
+    assert str(error.value).startswith(f"data.stages[1]: {config['name']}: {line}")
+
+
+def test_what_only_the_cluster_has_is_left_to_it(augment: Path) -> None:
+    (augment / "mine").mkdir()
+    (augment / "mine" / "uses.py").write_text("import no_such_library.deeper\n")
+    (augment / "mine" / "reads.py").write_text("def make(file):\n    return open(file)\n")
+    names: list[Any] = [
+        "no_such_package.x",
+        "mine.uses.x",
+        "augment.shift",
+        {"name": "augment.darken", "args": {"strength": 1}},
+        "webdataset.no_such_stage",
+        {"name": "mine.reads.make", "args": {"file": "of the cluster"}},
+    ]
+    assert check_travelling([StageConfig.model_validate(name) for name in names]) == [
+        "data.stages[0]: no_such_package.x: there is no no_such_package here; it must be installed on the cluster",
+        "data.stages[1]: mine.uses.x: imports no_such_library, which is not here; it must be installed on the "
+        "cluster",
+    ]
+    assert check_travelling([]) == []
