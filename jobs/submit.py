@@ -59,9 +59,21 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     if getattr(chosen, "out", None):
         from pipelines.storage import absolute
 
-        # a folder means one of this process, as in the configuration; of two the last one counts
-        arguments.argv += ["--out", absolute(chosen.out)]
+        # a folder means one of this process, as in the configuration
+        arguments.argv = [*_without(arguments.argv, "--out"), "--out", absolute(chosen.out)]
     return arguments
+
+
+def _without(argv: Sequence[str], option: str) -> list[str]:
+    """The words without an option and its value."""
+    words = iter(argv)
+    left = []
+    for word in words:
+        if word == option:
+            next(words, None)
+        elif not word.startswith(f"{option}="):
+            left.append(word)
+    return left
 
 
 class _Own(argparse.ArgumentParser):

@@ -113,7 +113,10 @@ def test_the_options_of_prepare_are_among_them() -> None:
     assert names >= {"source", "out", "index_only", "labels", "image", "label"}
 
 
-def test_a_folder_of_this_process_is_one_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", [["--out", "here"], ["--out=here"], ["--out", "there", "--out", "here"]])
+def test_a_folder_of_this_process_is_one_there_too(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     carried: list[list[str]] = []
 
@@ -122,8 +125,8 @@ def test_a_folder_of_this_process_is_one_there_too(tmp_path: Path, monkeypatch: 
         return ended(as_asked=True)
 
     monkeypatch.setattr(submission, "submit", submit)
-    assert main(["submit", "prepare", "digits", "--config", "digits.yaml", "--out", "here"]) == 0
-    assert command_parser("prepare").parse_args([*carried[0], "--config", "x"]).out == str(tmp_path / "here")
+    assert main(["submit", "prepare", "digits", "--config", "digits.yaml", *given, "--index-only"]) == 0
+    assert carried == [["digits", "--index-only", "--out", str(tmp_path / "here")]]
 
 
 @pytest.mark.parametrize("job", ["train", "tune", "sample"])
