@@ -59,16 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
     from ddpm_core.schedules import Schedule
     from pipelines.checkpoints import open_checkpoint
     from pipelines.diffusers_format import check_target, export_pipeline, sampling_of
-    from pipelines.sample_recipe import checkpoint_config
+    from pipelines.sample_recipe import trained_as
 
     folder = Path(arguments.out).expanduser()
     check_target(folder)  # before the work whose result it gets
     if arguments.checkpoint is not None:
         chosen = config.sample.model_copy(update={"checkpoint": arguments.checkpoint})
         config = config.model_copy(update={"sample": chosen})
-    recipe, _ = sample.locate(config)
-    checkpoint = open_checkpoint(recipe.checkpoint)
-    trained = checkpoint_config(checkpoint)
+    which = config.sample.checkpoint
+    # whoever names a checkpoint whole needs no data set to find its run
+    checkpoint = open_checkpoint(which if "/" in which else sample.locate(config)[0].checkpoint)
+    trained = trained_as(config, checkpoint)
     sampling = sampling_of(config.sampler, trained.objective.prediction_type)
     made = "" if arguments.sigma_rel is None else f"σ_rel {arguments.sigma_rel} at "
     tensors = checkpoint.read("ema") if not made else _averaged(config, checkpoint, arguments.sigma_rel)

@@ -91,10 +91,10 @@ class Recipe:
         return f"{self.name}-{digest(self.identity())[:10]}"
 
 
-def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
-    """The recipe of the samples of a checkpoint; the model's part comes from the checkpoint.
+def trained_as(config: Config, checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was trained with, whose model is that of `config`.
 
-    Raises `UserError` naming each field in which the configuration describes another model.
+    Raises `UserError` naming each field in which `config` describes another model.
     """
     trained = checkpoint_config(checkpoint)
     mistakes = []
@@ -111,6 +111,15 @@ def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
         ]
     if mistakes:
         raise UserError("\n".join(mistakes))
+    return trained
+
+
+def recipe_of(config: Config, checkpoint: Checkpoint, levels: int) -> Recipe:
+    """The recipe of the samples of a checkpoint; the model's part comes from the checkpoint.
+
+    levels: of its data set, which a checkpoint does not say. Raises `UserError` like `trained_as`.
+    """
+    trained = trained_as(config, checkpoint)
     size, channels = trained.model.image_size, trained.model.in_channels
     return Recipe(
         config.name,

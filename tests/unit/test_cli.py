@@ -428,6 +428,22 @@ def test_export_writes_a_pipeline_once(ddpm: Outcome, tiny: list[str], tmp_path:
     assert f"{folder}: exists and is not empty" in mistake(ddpm(*arguments))
 
 
+def test_export_of_a_checkpoint_by_its_uri_needs_no_data_set(
+    ddpm: Outcome, tiny: list[str], tmp_path: Path
+) -> None:
+    code, out, _ = ddpm("train", *tiny, *STEPS, "--local")
+    assert code == 0
+    uri = re.findall(r"file:///\S+step-000000002", out)[-1]
+    elsewhere = (*tiny, "--set", f"data.uri={tmp_path}/none", "--checkpoint", uri)
+    assert ddpm("export", *elsewhere, "--out", str(tmp_path / "one"))[0] == 0
+    assert (tmp_path / "one/model_index.json").is_file()
+    wrong = ("--set", "model.base_channels=12", "--out", str(tmp_path / "two"))
+    assert "model.base_channels: 12, but the checkpoint" in mistake(ddpm("export", *elsewhere, *wrong))
+    assert "no finished data set" in mistake(
+        ddpm("export", *elsewhere, "--checkpoint", "best", "--out", str(tmp_path / "two"))
+    )
+
+
 def test_without_a_cluster_it_says_how_to_get_one(ddpm: Outcome, tiny: list[str]) -> None:
     assert mistake_after_output(ddpm("train", *tiny)) == (
         "ddpm train: no Ray cluster: start the local stack with `ddpm up`, name one with --address HOST:PORT, or "
