@@ -16,6 +16,8 @@ from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels,
 
 _IMAGES = ("images", "image", "x", "data", "arr_0")
 _LABELS = ("labels", "label", "y", "arr_1")
+# what a .npy and a .npz (a zip, which may be empty) begin with; of another file NumPy says how to unpickle it
+_BEGINNINGS = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
 
 
 def _load(path: Path, what: str) -> dict[str, Any]:
@@ -23,13 +25,22 @@ def _load(path: Path, what: str) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
+        with path.open("rb") as file:
+            if not file.read(6).startswith(_BEGINNINGS):
+                raise ValueError("it does not begin like a .npy or .npz file")
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return {"images": loaded}
         with loaded:
-            return {name: loaded[name] for name in loaded.files}
+            arrays = {name: loaded[name] for name in loaded.files}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"its member {printable(name)!r} is no array")
+        return arrays
     except Exception as error:  # noqa: BLE001  a broken file raises whatever zipfile and zlib raise
         reason = getattr(error, "strerror", None) or one_line(error, 120)
+        if "allow_pickle" in reason or "Python objects" in reason:
+            reason = "it holds Python objects, which are not read: save numbers or texts"
         raise UserError(f"{what}{printable(str(path))}: can't be read as NumPy arrays ({reason})") from None
 
 

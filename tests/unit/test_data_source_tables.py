@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,18 @@ def test_arrays_that_are_no_images_are_named(
 
 def test_no_array_is_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert "can't be read as NumPy arrays" in refusal(tmp_path / "a.npy")
+    assert "can't be read as NumPy arrays (it holds Python objects, which are not read" in refusal(
+        tmp_path / "a.npy"
+    )
+    for name in ("junk.npy", "junk.npz"):
+        for data in (b"words, many of them", b"", b"\x80\x04K\x01."):
+            (tmp_path / name).write_bytes(data)
+            assert "(it does not begin like a .npy or .npz file)" in refusal(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+        archive.writestr("images", b"words")
+    assert "(its member 'images' is no array)" in refusal(tmp_path / "c.npz")
+    np.savez(tmp_path / "d.npz", images=np.array([None]))
+    assert "it holds Python objects" in refusal(tmp_path / "d.npz")
     (tmp_path / "b.npz").write_bytes(b"PK\3\4 words")
     assert "can't be read as NumPy arrays" in refusal(tmp_path / "b.npz")
     assert "No such file" in refusal(tmp_path / "none.npy")
