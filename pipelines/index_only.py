@@ -59,7 +59,7 @@ def index_tars(
     try:
         check_levels(levels)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"prepare.{error}") from None
     found = find(source)
     if found.kind != "tar":
         raise UserError(f"source: {found.where}: --index-only is for .tar files, and this is a {found.kind}")

@@ -111,10 +111,10 @@ def prepare(
 
 def _check_options(test_fraction: float, shard_count: int | None, samples_per_shard: int | None) -> None:
     if not 0.0 < test_fraction < 1.0:
-        raise UserError(f"test_fraction: must lie between 0 and 1, got {test_fraction!r}")
+        raise UserError(f"prepare.test_fraction: must lie between 0 and 1, got {test_fraction!r}")
     if shard_count is not None and samples_per_shard is not None:
         raise UserError("shard_count, samples_per_shard: give one of them, not both")
-    for name, value in (("shard_count", shard_count), ("samples_per_shard", samples_per_shard)):
+    for name, value in (("shard_count", shard_count), ("prepare.samples_per_shard", samples_per_shard)):
         if value is not None and value < 1:
             raise UserError(f"{name}: must be at least 1, got {value!r}")
 
@@ -135,7 +135,7 @@ def _preprocessing(
             channels = 3 if _in_colour(source, workers) else 1
         preprocessing = Preprocessing(image_size, channels, levels, png_encoder)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"prepare.{error}") from None
     check_encoder(png_encoder, channels, "prepare.png_encoder")
     return preprocessing
 

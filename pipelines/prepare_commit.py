@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.config_sections import PrepareConfig
 from pipelines.dataset import (
     FORMAT,
     RECORD_KEY,
@@ -31,6 +32,7 @@ from pipelines.storage import ObjectMissing, Storage, StorageError
 CLAIM_KEY = "preparation.json"
 _STATE = "source_state"
 _NAMED = 3
+_OPTIONS = {"image_member": "--image", "label_member": "--label"}
 
 
 def check_writable(out: str) -> None:
@@ -104,7 +106,7 @@ def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, 
     differing = [name for name in names if there.get(name) != asked.get(name)]
     if differing:
         what = ", ".join(
-            f"{name} ({_short(there.get(name))} there, {_short(asked.get(name))} asked for)"
+            f"{_spelt(name)} ({_short(there.get(name))} there, {_short(asked.get(name))} asked for)"
             for name in differing[:_NAMED]
         )
         if len(differing) > _NAMED:
@@ -113,6 +115,13 @@ def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, 
             f"{storage.uri}: holds a data set that was prepared otherwise: {what}; "
             "prepare it the same way, or choose another --out"
         )
+
+
+def _spelt(name: str) -> str:
+    """An option of a record as the user writes it."""
+    if name in PrepareConfig.model_fields:
+        return f"prepare.{name}"
+    return _OPTIONS.get(name, name)
 
 
 def _short(value: Any) -> str:

@@ -38,7 +38,7 @@ def plan_shards(
     for split, chosen in members.items():
         if not chosen:
             raise UserError(
-                f"test_fraction: {test_fraction} of {total} images leaves the {split} split empty: "
+                f"prepare.test_fraction: {test_fraction} of {total} images leaves the {split} split empty: "
                 "change it, or give more images"
             )
     num_train = len(members["train"])

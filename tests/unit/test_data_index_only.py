@@ -98,7 +98,9 @@ def test_workers_and_a_second_call_give_the_same(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*")}
     assert index_tars(str(tars), str(tmp_path / "one")) == one
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*")} == times
-    assert "test_fraction (0.1 there, 0.5 asked for)" in refusal(tars, tmp_path / "one", test_fraction=0.5)
+    assert "prepare.test_fraction (0.1 there, 0.5 asked for)" in refusal(
+        tars, tmp_path / "one", test_fraction=0.5
+    )
 
 
 def test_a_tar_that_changes_later_is_named_by_reader_and_verify(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_sources_that_are_no_set_of_tars_are_refused(tmp_path: Path) -> None:
     assert "needs two at least" in refusal(put_tars(tmp_path / "one", 1), tmp_path / "out")
     tars = put_tars(tmp_path / "in")
     assert "of shape [1, 8, 8], not [1, 16, 16]" in refusal(tars, tmp_path / "out", image_size=16)
-    assert "levels: must be 2..256, got 1" in refusal(tars, tmp_path / "out", levels=1)
+    assert "prepare.levels: must be 2..256, got 1" in refusal(tars, tmp_path / "out", levels=1)
     np.save(tmp_path / "x.npy", IMAGES)
     assert "--index-only is for .tar files" in refusal(tmp_path / "x.npy", tmp_path / "out")
     odd = put_tars(tmp_path / "odd")

@@ -204,11 +204,11 @@ def test_a_second_call_finds_the_work_done(
     ("options", "named"),
     [
         ({"seed": 1}, "seed (0 there, 1 asked for)"),
-        ({"test_fraction": 0.5}, "test_fraction (0.1 there, 0.5 asked for)"),
-        ({"image_size": 4}, "image_size (None there, 4 asked for)"),
-        ({"channels": 3}, "channels (1 there, 3 asked for)"),
-        ({"levels": 17}, "levels (256 there, 17 asked for)"),
-        ({"samples_per_shard": 5}, "samples_per_shard (1024 there, 5 asked for)"),
+        ({"test_fraction": 0.5}, "prepare.test_fraction (0.1 there, 0.5 asked for)"),
+        ({"image_size": 4}, "prepare.image_size (None there, 4 asked for)"),
+        ({"channels": 3}, "prepare.channels (1 there, 3 asked for)"),
+        ({"levels": 17}, "prepare.levels (256 there, 17 asked for)"),
+        ({"samples_per_shard": 5}, "prepare.samples_per_shard (1024 there, 5 asked for)"),
         ({"source": "digits"}, "source (folder there, digits asked for)"),
     ],
 )
@@ -479,17 +479,17 @@ def test_a_list_of_shards_that_the_record_does_not_name_is_not_put(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"test_fraction": 0.0}, "test_fraction: must lie between 0 and 1, got 0.0"),
-        ({"test_fraction": 1.0}, "test_fraction: must lie between 0 and 1"),
-        ({"test_fraction": 1e-9}, "leaves the test split empty"),
-        ({"test_fraction": 1 - 1e-9}, "leaves the train split empty"),
+        ({"test_fraction": 0.0}, "prepare.test_fraction: must lie between 0 and 1, got 0.0"),
+        ({"test_fraction": 1.0}, "prepare.test_fraction: must lie between 0 and 1"),
+        ({"test_fraction": 1e-9}, "of 40 images leaves the test split empty"),
+        ({"test_fraction": 1 - 1e-9}, "of 40 images leaves the train split empty"),
         ({"shard_count": 0}, "shard_count: must be at least 1, got 0"),
-        ({"samples_per_shard": 0}, "samples_per_shard: must be at least 1, got 0"),
+        ({"samples_per_shard": 0}, "prepare.samples_per_shard: must be at least 1, got 0"),
         ({"shard_count": 1, "samples_per_shard": 1}, "shard_count, samples_per_shard: give one"),
         ({"shard_count": 41}, "shard_count: 41 shards are more than"),
-        ({"image_size": 0}, "image_size: must be at least 1, got 0"),
-        ({"channels": 2}, "channels: must be 1"),
-        ({"levels": 1}, "levels: must be 2..256, got 1"),
+        ({"image_size": 0}, "prepare.image_size: must be at least 1, got 0"),
+        ({"channels": 2}, "prepare.channels: must be 1"),
+        ({"levels": 1}, "prepare.levels: must be 2..256, got 1"),
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_written(
@@ -549,7 +549,7 @@ def test_an_encoder_is_part_of_what_a_data_set_is_and_the_usual_one_is_not_named
         assert seen == 40
     assert usual.identity != by_fpng.identity
     line = refusal(str(array), str(tmp_path / "usual"), test_fraction=0.3, png_encoder="fpng")
-    assert "png_encoder (None there, fpng asked for)" in line
+    assert "prepare.png_encoder (None there, fpng asked for)" in line
 
 
 def test_an_encoder_that_writes_no_grey_is_refused_before_anything_is_written(
