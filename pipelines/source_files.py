@@ -24,6 +24,7 @@ from pipelines.sources import (
     warn_passed_over,
 )
 from pipelines.storage import Storage
+from pipelines.verified import counted
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def collect(
     where = printable(where)
     images = sorted(name for name in files if name.lower().endswith(SUFFIXES) and _stem(name))
     if not images:
-        found = f"{len(files)} other files" if files else "nothing"
-        raise UserError(f"source: {where} holds no image, but {found}: images end in {', '.join(SUFFIXES)}")
+        found = f"no image among its {counted(len(files), 'file')}" if files else "no file"
+        raise UserError(f"source: {where} holds {found}: images end in {', '.join(SUFFIXES)}")
     others: dict[str, dict[str, str]] = {_stem(image): {} for image in images}
     passed_over = []
     for other in sorted(set(files) - set(images)):

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from braceexpand import alphabet, braceexpand
 
 from pipelines.errors import UserError, one_line, printable
-from pipelines.sources import KINDS, SUFFIXES, warn_passed_over
+from pipelines.sources import KINDS, SUFFIXES, tell_hidden, warn_passed_over
 from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
 
 _OF_A_DATA_SET = re.compile(r"(^|/)(shards\.parquet|[^/]+\.index\.parquet|scans/[^/]+\.parquet)$")
@@ -82,7 +82,10 @@ def find(source: str) -> Found:
 
 def _find_here(path: Path, where: str) -> Found:
     if path.is_dir():
-        return _of_kind(_Files(path), _stats(path, _walk(path, ())), path.resolve().name or "images", where)
+        hidden: list[str] = []
+        infos = _stats(path, _walk(path, (), hidden))
+        tell_hidden(where, hidden)
+        return _of_kind(_Files(path), infos, path.resolve().name or "images", where)
     if not path.is_file():
         raise UserError(f"source: {where} does not exist: give {KINDS}")
     path = path.absolute()
@@ -134,7 +137,9 @@ def _find_on_s3(source: str, where: str) -> Found:
     if len(names) > 1 or names[0].lower().endswith((".zip", ".tgz", ".gz", ".npy", ".npz")):
         raise UserError(f"source: {where}: on S3 a source is .tar or .parquet files, or a prefix")
     storage = open_storage(source)
-    infos = {info.key: info for info in storage.list() if not _hidden(info.key)}
+    listed = [info for info in storage.list() if not info.key.endswith("/")]
+    infos = {info.key: info for info in listed if not _hidden(info.key)}
+    tell_hidden(where, [info.key for info in listed if info.key not in infos])
     return _of_kind(storage, infos, PurePosixPath(rest).name or bucket, where)
 
 
@@ -146,7 +151,7 @@ def _info(storage: Storage, key: str) -> ObjectInfo:
 
 
 def _hidden(key: str) -> bool:
-    return key.endswith("/") or any(part.startswith(".") for part in key.split("/"))
+    return any(part.startswith(".") for part in key.split("/"))
 
 
 def _expand(pattern: str) -> list[str]:
@@ -214,8 +219,10 @@ def _found(kind: Kind, storage: Storage, infos: dict[str, ObjectInfo], name: str
     return Found(kind, storage, sizes, {key: info.version for key, info in infos.items()}, name, where)
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Every file below `folder`; links to folders are followed, except to one that the link lies in."""
+def _walk(folder: Path, above: tuple[tuple[int, int], ...], hidden: list[str]) -> Iterator[Path]:
+    """Every file below `folder`; links to folders are followed, except to one that the link lies in. Hidden files
+    and folders, which are not entered, go to `hidden`.
+    """
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -223,9 +230,10 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     with os.scandir(folder) as items:
         for item in sorted(items, key=lambda item: item.name):
             if item.name.startswith("."):
+                hidden.append(item.path)
                 continue
             if item.is_dir():
-                yield from _walk(Path(item.path), (*above, here))
+                yield from _walk(Path(item.path), (*above, here), hidden)
             else:
                 yield Path(item.path)
 

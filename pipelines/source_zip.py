@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.errors import UserError, one_line, printable
 from pipelines.source_files import collect
-from pipelines.sources import Entry, Loaded, Source
+from pipelines.sources import KINDS, Entry, Loaded, Source, tell_hidden
 
 _MAX_MEMBER_BYTES = 2**30
 
@@ -48,9 +48,12 @@ def open_zip(path: Path, labels: str | None) -> Source:
         archive = zipfile.ZipFile(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"source: {printable(str(path))} is neither a folder nor a readable zip ({one_line(error, 120)})"
+            f"source: {printable(str(path))} is neither a folder nor a readable zip ({one_line(error, 120)}): give "
+            f"{KINDS}"
         ) from None
-    members = _members(path, archive)
+    hidden: list[str] = []
+    members = _members(path, archive, hidden)
+    tell_hidden(printable(str(path)), hidden)
     # most zips hold one folder with everything in it, which is no class
     tops = {name.partition("/")[0] for name in members}
     prefix = f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in members) else ""
@@ -58,15 +61,18 @@ def open_zip(path: Path, labels: str | None) -> Source:
     return collect("zip", path.stem, str(path), known, _ZipReader(path.absolute(), prefix, archive), labels)
 
 
-def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The files in a zip by their names, without hidden ones and those that macOS adds."""
+def _members(path: Path, archive: zipfile.ZipFile, hidden: list[str]) -> dict[str, zipfile.ZipInfo]:
+    """The files in a zip by their names; hidden ones and those that macOS adds go to `hidden`."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = printable(info.filename)
         parts = PurePosixPath(info.filename).parts
         if not parts or parts[0] == "/" or ".." in parts:
             raise UserError(f"source: {path}: its member {name!r} points outside the zip")
-        if info.is_dir() or parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
+        if info.is_dir():
+            continue
+        if parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
+            hidden.append(info.filename)
             continue
         if info.filename in members:
             raise UserError(f"source: {path}: holds two members named {name!r}")

@@ -276,6 +276,17 @@ def warn_passed_over(where: str, names: Sequence[str], what: str) -> None:
         )
 
 
+def tell_hidden(where: str, names: Sequence[str]) -> None:
+    """Of what is left out on purpose, so that whoever misses a file finds out why."""
+    if names:
+        logger.info(
+            "%s: %d hidden, and not looked at (a name begins with '.' or __MACOSX), such as %s",
+            where,
+            len(names),
+            printable(min(names)),
+        )
+
+
 def key_of(path: str) -> str:
     """The sample key of an image's relative path: the path without its suffix, as `sample_key` spells it."""
     return sample_key(str(PurePosixPath(path).with_suffix("")))

@@ -171,7 +171,12 @@ def samples(members: Iterable[Member], passed_over: list[str]) -> Iterator[TarSa
                 yield TarSample(key, tuple(found))
             key, found = match[1], []
             if key in seen:
-                raise TarError(f"it holds two samples with the key {printable(key)!r}")
+                raise TarError(
+                    f"the files of its sample {printable(key)!r} do not stand together: {printable(member.name)!r} "
+                    "comes behind files of other samples, and to WebDataset that is a second sample of this name; "
+                    "write the tar again with all files of a sample one after the other (as GNU tar's --sort=name "
+                    "does), under another name if they are two samples"
+                )
             seen.add(key)
         # a sample has few of them, and a source many samples
         extension = sys.intern(match[2].lower())

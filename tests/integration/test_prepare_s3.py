@@ -196,7 +196,7 @@ def test_sources_on_s3_give_what_they_give_on_a_disk(bucket: str, photos: Path, 
         )
     with pytest.raises(UserError, match=r"raw/tars/07\.tar does not exist"):
         prepare(f"s3://{bucket}/raw/tars/07.tar", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="holds no file"):
         prepare(f"s3://{bucket}/nothing", str(tmp_path / "none"))
 
 

@@ -216,7 +216,11 @@ def test_samples_that_end_early_are_refused_where_others_lose_them(tmp_path: Pat
         ({"0.png": b"x", "0.jpg": b"x"}, {}, "sample '0' has 2 images (png, jpg): say which with --image"),
         ({"0.png": b"x"}, {"image": "jpg"}, "sample '0' has no member .jpg, only png"),
         ({"0.png": b"x", "0.PNG": b"x"}, {}, "two members named '0.png'"),
-        ({"0.png": b"x", "1.png": b"x", "0.txt": b"x"}, {}, "two samples with the key '0'"),
+        (
+            {"0.png": b"x", "1.png": b"x", "0.txt": b"x"},
+            {},
+            "sample '0' do not stand together: '0.txt' comes behind",
+        ),
         ({"0.png": b"x", "0.cls": b"1", "1.png": b"x"}, {}, "1 of 2 images such as"),
         ({"0.png": b"x", "0.cls": b"-2", "1.png": b"x", "1.cls": b"1"}, {}, ""),
         ({"0.png": b"x", "0.cls": b"\xff"}, {}, "label that is no text"),

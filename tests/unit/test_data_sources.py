@@ -78,12 +78,14 @@ def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_or_empty_folder_and_one_without_images_cost_one_line_each(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "nowhere")
-    assert "holds no image, but nothing" in refusal(tmp_path)
+    assert "holds no file: images end in .png, " in refusal(tmp_path)
     (tmp_path / "notes.txt").write_text("no image")
-    assert "holds no image, but 1 other files" in refusal(tmp_path)
+    assert "holds no image among its 1 file: images end in" in refusal(tmp_path)
+    (tmp_path / "more.txt").write_text("no image")
+    assert "holds no image among its 2 files: images end in" in refusal(tmp_path)
 
 
-def test_other_files_are_passed_over_and_counted_but_hidden_ones_silently(
+def test_other_files_are_passed_over_and_counted_and_hidden_ones_are_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "a.png", ".hidden/b.png")
@@ -96,6 +98,24 @@ def test_other_files_are_passed_over_and_counted_but_hidden_ones_silently(
         assert len(open_source(str(tmp_path)).entries) == 1
     assert "passed over 1 files" in caplog.text
     assert "notes.txt" in caplog.text
+
+
+def test_hidden_files_are_counted_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    root = put(tmp_path / "in", "a.png", ".b.png", "deeper/.c.png", ".hidden/d.png", ".hidden/e.png")
+    members = {"a.png": b"x", ".b.png": b"x", "__MACOSX/._a.png": b"x", "z/.hidden/f.png": b"x"}
+    for source, name in ((root, ".b.png"), (put_zip(tmp_path / "a.zip", members), ".b.png")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "pipelines"):
+            assert len(open_source(str(source)).entries) == 1
+        [line] = [record.getMessage() for record in caplog.records]
+        # a hidden folder counts once: it is not entered
+        assert line.startswith(
+            f"{source}: 3 hidden, and not looked at (a name begins with '.' or __MACOSX), such as "
+        )
+        assert line.endswith(name)
 
 
 def test_two_files_with_one_key_are_refused_naming_both(tmp_path: Path) -> None:
@@ -188,7 +208,11 @@ def test_a_zip_member_that_points_outside_is_refused(tmp_path: Path, name: str) 
 
 def test_a_file_that_is_no_zip_or_one_cut_short_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_text("these are words")
-    assert "neither a folder nor a readable zip" in refusal(tmp_path / "a.zip")
+    line = refusal(tmp_path / "a.zip")
+    assert (
+        "is neither a folder nor a readable zip (File is not a zip file): give a folder of images or" in line
+    )
+    assert ".parquet, .npy or .npz file" in line
     whole = put_zip(tmp_path / "b.zip", {"a.png": encode_png(IMAGE[None])}).read_bytes()
     (tmp_path / "b.zip").write_bytes(whole[:-30])
     assert "neither a folder nor a readable zip" in refusal(tmp_path / "b.zip")
