@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 import zipfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png
 from pipelines.shards import Sample, pack
-from pipelines.sources import key_of, open_source
+from pipelines.sources import key_of, open_source, sample_key
 from tests.support.data import image_bytes, random_images, write_image
 
 IMAGE = random_images(1)[0][0]
@@ -170,6 +173,17 @@ def test_every_reader_of_webdataset_gets_the_samples_of_hard_names_under_their_k
 def test_keys_are_readable_where_they_can_be() -> None:
     assert key_of("cats/größe 1.png") == "cats/größe 1"
     assert key_of("v1.2/a.b.png") == "v1.2/a%2Eb"
+
+
+def test_keys_are_as_the_document_says() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+\.png)` \| `([^`]+)` \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for file, key in rows:
+        assert key_of(file) == key
+        assert f"{unquote(key)}.png" == file
+    long = "v1.2/" + "x" * 100
+    assert sample_key(long) == f"v1_2/{'x' * 66}~{hashlib.blake2b(long.encode(), digest_size=12).hexdigest()}"
 
 
 def test_a_file_name_that_is_no_text_gets_a_key_and_a_printable_name(tmp_path: Path) -> None:
