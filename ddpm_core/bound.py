@@ -130,8 +130,7 @@ def reverse_of_sampler(
         require(
             config.eta == 1,
             "eta",
-            "1 to have a bound (with eta = 0, which is sigma = 0, there is none; with 0 < eta < 1 the mean of a "
-            "step is not the posterior's, the only one that a ReverseProcess has)",
+            f"1 to have a bound ({_SIGMA_IS_ZERO if config.eta == 0 else _OTHER_MEAN})",
             config.eta,
         )
         variance_type = "fixed_small"
@@ -145,7 +144,8 @@ def reverse_of_sampler(
     )
 
 
-_SIGMA_IS_ZERO = "with sigma = 0 there is none"
+_SIGMA_IS_ZERO = "steps without noise give almost no image a probability"
+_OTHER_MEAN = "between 0 and 1 the mean of a step is not the posterior's, which the bound is for"
 _NO_BOUND: dict[str, str] = {
     "dpm_solver_pp_2m": _SIGMA_IS_ZERO,
     "heun": _SIGMA_IS_ZERO,
