@@ -16,7 +16,11 @@ the next `ddpm up` restores them; MLflow's database stays there too.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("--discard", action="store_true", help="give up the buckets instead of saving them")
+    parser.add_argument(
+        "--discard",
+        action="store_true",
+        help="give up the buckets instead of saving them; with no earlier save of them, MLflow's database as well",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from infra.local.component import Component
 from infra.local.layout import Stack
 from infra.local.loopback import RequestFailed, request
+
+DATABASE = "mlflow.db"
+
+
+def remove_database(state_dir: Path) -> None:
+    """Forget all runs; the server must not run."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        (state_dir / f"{DATABASE}{suffix}").unlink(missing_ok=True)
 
 
 def _command(stack: Stack) -> list[str]:
@@ -15,7 +24,7 @@ def _command(stack: Stack) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(stack.ports["mlflow"])),
         *("--workers", "1"),
         # relative to the working directory, the state folder: a path of any characters needs no quoting
-        *("--backend-store-uri", "sqlite:///mlflow.db"),
+        *("--backend-store-uri", f"sqlite:///{DATABASE}"),
         *("--serve-artifacts", "--artifacts-destination", "s3://mlflow/artifacts"),
     ]
 

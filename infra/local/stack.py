@@ -12,7 +12,7 @@ from infra.local import ports, process, snapshot, state
 from infra.local.component import Component
 from infra.local.errors import StackError
 from infra.local.layout import BUCKETS, Stack
-from infra.local.mlflow_server import MLFLOW
+from infra.local.mlflow_server import MLFLOW, remove_database
 from infra.local.ray_head import RAY, default_num_cpus, make_temp_dir, make_token, remove_temp_dir
 from infra.local.s3_server import S3
 from infra.local.state import Record, State
@@ -58,7 +58,8 @@ def down(state_dir: Path, *, save: bool = True, log: Log = print) -> bool:
     """Save the buckets and stop the stack with every process that it started; False if there was none.
 
     Ray's jobs end first, so that nothing writes while the buckets are saved.  If they can't be saved, the S3
-    server goes on with them and `StackError` says why; with `save` false they are given up.
+    server goes on with them and `StackError` says why; with `save` false they are given up, and with them MLflow's
+    database, unless there is a snapshot of earlier, to whose runs it belongs as well.
     """
     folder = Path(state_dir).expanduser().absolute()
     if not (folder / "stack.json").exists():
@@ -75,6 +76,8 @@ def down(state_dir: Path, *, save: bool = True, log: Log = print) -> bool:
             _save_buckets(folder, found, log)
         _stop(S3, found)
         stack = found.stack(folder)
+        if not save and not stack.snapshot_path.exists():
+            remove_database(folder)
         if found.ray_temp_dir:
             remove_temp_dir(stack.ray_temp_dir)
         stack.token_path.unlink(missing_ok=True)

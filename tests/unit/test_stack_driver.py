@@ -132,6 +132,24 @@ def test_down_cleans_what_an_interrupted_up_started(folder, monkeypatch):
     assert process.family(stack_id) == []
 
 
+DATABASE = {"mlflow.db", "mlflow.db-wal"}
+
+
+@pytest.mark.parametrize(
+    ("save", "snapshot_before", "left"),
+    [(True, False, DATABASE), (False, False, set()), (False, True, DATABASE)],
+)
+def test_mlflows_database_goes_with_buckets_that_are_given_up(folder, save, snapshot_before, left):
+    """But for one that belongs to the runs of an earlier snapshot, too, which the next `up` restores."""
+    up(folder)
+    if snapshot_before:
+        (folder / "s3-snapshot.tar").touch()
+    for name in (*DATABASE, "mine.db"):
+        (folder / name).touch()
+    assert down(folder, save=save)
+    assert {path.name for path in folder.glob("*.db*")} == left | {"mine.db"}
+
+
 def test_ctrl_c_in_the_terminal_leaves_the_stack(tmp_path):
     """A terminal sends SIGINT to its whole foreground group; the servers are not in it."""
     code = f"""
