@@ -31,6 +31,7 @@ And bits/dim on all held-out images, with three terms: of the model (all T times
 clipped), which is what training and sweeps compare; and of the chain that the images were drawn from, where the
 sampler has a bound (ancestral, or ddim with eta = 1).
 
+It is the work of one process, this one, on a GPU if there is one.
 The report and the pictures go to STORAGE/evaluations/NAME-ID/, to MLflow, and to --out.  Called again for the
 same samples, data and settings it finds them done.
 """
@@ -45,6 +46,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     common.add_config_arguments(parser)
+    parser.add_argument(
+        "--local", action="store_true", help="in this process, without Ray; which it is anyway"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="also put report.json and the pictures here")
 
 

@@ -67,7 +67,7 @@ def test_train_sample_evaluate_and_export(
     assert code == 0, err
     assert "10 images in 3 shards" in out
     if name in ("hybrid", "classes", "dit", "no signal, 2M"):
-        code, out, err = ddpm("evaluate", *tiny, "--out", str(tmp_path / "report"))
+        code, out, err = ddpm("evaluate", *tiny, "--local", "--out", str(tmp_path / "report"))
         assert code == 0, err
         assert "bits/dim" in out
         assert (tmp_path / "report" / "trajectory.png").exists()
