@@ -12,7 +12,6 @@ simplejpeg and Pillow let other threads run while they decode, pyspng does not.
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from pipelines.png import PNG_SIGNATURE
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _HEADER_BYTES = 33
+_CRC_OF_IDAT = zlib.crc32(b"IDAT")
 # the most that a stored block of zlib holds
 _STORED_BYTES = 0xFFFF
 _SPNG_FORMAT = {1: spng.SPNG_FMT_G8, 3: spng.SPNG_FMT_RGB8}
@@ -65,18 +65,33 @@ def decode_many(files: Mapping[int, bytes], out: NDArray[np.uint8]) -> list[tupl
     named = list(files.items())
     bad = []
     for first in range(0, len(named), at_once):
-        group = dict(named[first : first + at_once])
-        lines = {place: found for place, data in group.items() if (found := _png_lines(data, shape))}
-        with contextlib.suppress(RuntimeError, ValueError):
-            if lines:
-                out[list(lines)] = _pixels(list(lines.values()), shape)
-                group = {place: data for place, data in group.items() if place not in lines}
-        for place, data in group.items():
+        group = named[first : first + at_once]
+        slow, places, lines = [], [], []
+        for place, data in group:
+            if found := _png_lines(data, shape):
+                places.append(place)
+                lines.append(found)
+            else:
+                slow.append((place, data))
+        if lines:
+            try:
+                _put(_pixels(lines, shape), out, places)
+            except (RuntimeError, ValueError):
+                slow = group
+        for place, data in slow:
             try:
                 decode_into(data, out[place])
             except ValueError as error:
                 bad.append((place, str(error)))
     return bad
+
+
+def _put(pixels: NDArray[np.uint8], out: NDArray[np.uint8], places: Sequence[int]) -> None:
+    first, last = places[0], places[-1]
+    if last - first == len(places) - 1 and (len(places) == 1 or places == list(range(first, last + 1))):
+        out[first : last + 1] = pixels
+    else:
+        out[places] = pixels
 
 
 def decode_into(data: bytes, out: NDArray[np.uint8]) -> None:
@@ -151,16 +166,13 @@ def _png_lines(data: bytes, shape: tuple[int, ...]) -> bytes:
     """The lines of a still PNG of this shape, `(H, W, C)`, 8 bits, grey or RGB, not interlaced, each beginning
     with its filter; empty of any other file.
     """
-    height, width, channels = shape
-    if channels not in _PNG_COLOUR_TYPE or not data.endswith(_PNG_END):
+    header, num_bytes = _plain(shape)
+    if not (header and data.startswith(header) and data.endswith(_PNG_END)):
         return b""
-    if not data.startswith(_png_header(height, width, channels)):
-        return b""
-    num_bytes = height * (1 + width * channels)
     inflate = isal_zlib.decompressobj()
     try:
         # one byte more than there should be, so that a file that holds more is seen and is not unpacked
-        lines = inflate.decompress(_compressed(data), num_bytes + 1)
+        lines = inflate.decompress(_one_chunk(data) or _compressed(data), num_bytes + 1)
     except isal_zlib.error:  # type: ignore[misc]  # its stub takes the type for an instance
         return b""
     return lines if len(lines) == num_bytes and inflate.eof and not inflate.unused_data else b""
@@ -197,12 +209,31 @@ def _before_blocks(height: int, width: int, channels: int) -> tuple[bytes, ...]:
 
 
 @lru_cache(maxsize=64)
+def _plain(shape: tuple[int, ...]) -> tuple[bytes, int]:
+    """How a plain PNG of this shape begins, empty where there is none, and how many bytes its lines are."""
+    height, width, channels = shape
+    header = _png_header(height, width, channels) if channels in _PNG_COLOUR_TYPE else b""
+    return header, height * (1 + width * channels)
+
+
+@lru_cache(maxsize=64)
 def _png_header(height: int, width: int, channels: int) -> bytes:
     """A still PNG of this size, 8 bits, grey or RGB, not interlaced, from its first byte to the end of its first
     chunk.
     """
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOUR_TYPE[channels], 0, 0, 0)
     return PNG_SIGNATURE + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def _one_chunk(data: bytes) -> bytes:
+    """The same of the plainest file, which has one IDAT chunk between its first and its last; else empty."""
+    if data[_HEADER_BYTES + 4 : _HEADER_BYTES + 8] != b"IDAT":
+        return b""
+    found = data[_HEADER_BYTES + 8 : -len(_PNG_END) - 4]
+    if int.from_bytes(data[_HEADER_BYTES : _HEADER_BYTES + 4]) != len(found):
+        return b""
+    crc = data[-len(_PNG_END) - 4 : -len(_PNG_END)]
+    return found if isal_zlib.crc32(found, _CRC_OF_IDAT) == int.from_bytes(crc) else b""
 
 
 def _compressed(data: bytes) -> bytes:

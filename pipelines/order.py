@@ -17,8 +17,9 @@ are 50 times as many as in uniform shuffling with 1 stream, 3.8 times with 20, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from pipelines.cache import WeightedLRU
 
 Int64Array = NDArray[np.int64]
+Whole = TypeVar("Whole", int, Int64Array)
 
 # shard orders of the epochs in use, and sample orders of the shards in use
 _CACHE_BYTES = 64 * 2**20
@@ -41,6 +43,15 @@ class Locations:
     epoch: Int64Array
     shard: Int64Array
     sample: Int64Array
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Consecutive samples of a stream that stand in one shard: `rows` in the shard's index, int64 `[n]`."""
+
+    epoch: int
+    shard: int
+    rows: Int64Array
 
 
 def permutation(length: int, seed: int, purpose: str, *index: int) -> Int64Array:
@@ -104,17 +115,39 @@ class Order:
             sample[here] = self._order_within(e, s)[row[here]]
         return Locations(epoch, shard, sample)
 
+    def pieces(self, stream: int, start: int, stop: int) -> Iterator[Piece]:
+        """Where the samples at positions `start` to `stop` of a stream stand, in their order; as `locate`, at a
+        cost that grows with the number of shards between them alone.
+        """
+        if not (0 <= stream < self.num_streams and start >= 0):
+            raise ValueError(
+                f"stream, start: must be 0..{self.num_streams - 1}, >= 0, got {stream!r}, {start!r}"
+            )
+        while start < stop:
+            epoch = self._epoch(stream, start)
+            shards, ends = self._line(epoch)
+            begun = (epoch * self.num_samples + stream) // self.num_streams
+            place = self._start(stream, epoch) + start - begun
+            # side="right" passes over empty shards, whose end is their neighbour's
+            rank = int(np.searchsorted(ends, place, side="right"))
+            shard, end = int(shards[rank]), int(ends[rank])
+            here = ((epoch + 1) * self.num_samples + stream) // self.num_streams - start
+            count = min(end - place, here, stop - start)
+            first = place - end + int(self._counts[shard])
+            yield Piece(epoch, shard, self._order_within(epoch, shard)[first : first + count])
+            start += count
+
     def shards_ahead(self, stream: int, position: int, limit: int) -> list[int]:
         """The next `limit` shards that a stream reads from this position on, each once, in that order; fewer where
         the rest of this epoch and the next one hold fewer.
         """
         m, found = stream, dict[int, None]()
         for _ in range(2):
-            epoch = ((position + 1) * self.num_streams - 1 - m) // self.num_samples
+            epoch = self._epoch(m, position)
             shards, ends = self._line(epoch)
             stop = ((epoch + 1) * self.num_samples + m) // self.num_streams
             begun = (epoch * self.num_samples + m) // self.num_streams
-            start = int(self._start(m, np.int64(epoch)))
+            start = self._start(m, epoch)
             first, last = np.searchsorted(
                 ends, [start + position - begun, start + stop - 1 - begun], side="right"
             )
@@ -126,14 +159,19 @@ class Order:
             position = stop
         return list(found)
 
-    def _start(self, m: int, epoch: Int64Array | np.int64) -> Int64Array:
+    def _epoch(self, m: int, position: int) -> int:
+        return ((position + 1) * self.num_streams - 1 - m) // self.num_samples
+
+    def _start(self, m: int, epoch: Whole) -> Whole:
         """Where stream m's piece begins on the epoch's line: Σ_{j<m} (C_j(e+1) − C_j(e)), in closed form."""
         return self._total(m, (epoch + 1) * self.num_samples) - self._total(m, epoch * self.num_samples)
 
-    def _total(self, m: int, a: Int64Array | np.int64) -> Int64Array:
+    def _total(self, m: int, a: Whole) -> Whole:
         """Σ_{j<m} ⌊(a+j)/M⌋: with a = q·M + r, those j with r + j ≥ M count one more than q."""
         quotient, rest = a // self.num_streams, a % self.num_streams
-        return m * quotient + np.maximum(0, rest + m - self.num_streams)
+        over = rest + m - self.num_streams
+        # max(0, over), of a number or an array
+        return m * quotient + over * (over > 0)
 
     def _line(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """The shards in this epoch's order, and where each ends on the line."""

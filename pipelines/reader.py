@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import weakref
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from ddpm_core import rng
 from pipelines.bad_samples import BadSamples
 from pipelines.buffers import Buffers
 from pipelines.dataset import DataError, Dataset
+from pipelines.handover import Handover
 from pipelines.images import to_model
-from pipelines.order import Order
+from pipelines.order import Order, Piece
 from pipelines.shard_reader import (
     DEFAULT_CACHE_BYTES,
     Fetch,
@@ -138,17 +138,16 @@ class StreamBatches:
             channels_last=channels_last,
             buffers=Buffers(pin=torch.cuda.is_available() if pin_memory is None else pin_memory),
         )
-        self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=prefetch)
-        self._stopped = threading.Event()
+        self._read = Handover[list[MicroBatch] | BaseException](prefetch)
         self._error: BaseException | None = None
-        # the thread knows the queue and the event alone: an iterator that is forgotten can still be collected
+        # the thread knows the handover alone: an iterator that is forgotten can still be collected
         self._thread = threading.Thread(
             target=_produce,
-            args=(plan, start_step, self._queue, self._stopped),
+            args=(plan, start_step, self._read),
             name="ddpm-reader",
             daemon=True,
         )
-        weakref.finalize(self, self._stopped.set)
+        weakref.finalize(self, self._read.close)
         self._thread.start()
 
     def __iter__(self) -> StreamBatches:
@@ -157,26 +156,15 @@ class StreamBatches:
     def __next__(self) -> list[MicroBatch]:
         if self._error is not None:
             raise self._error
-        if self._stopped.is_set():
-            raise StopIteration
-        item = self._next_item()
+        item = self._read.get()
         if isinstance(item, BaseException):
             self._error = item
             raise item
         return item
 
-    def _next_item(self) -> list[MicroBatch] | BaseException:
-        while True:
-            try:
-                return self._queue.get(timeout=1.0)
-            except queue.Empty:
-                # closed by another thread while this one waited
-                if self._stopped.is_set():
-                    raise StopIteration from None
-
     def close(self) -> None:
         """Stop reading ahead and wait for the thread's end. May be called again."""
-        self._stopped.set()
+        self._read.close()
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> StreamBatches:
@@ -213,22 +201,22 @@ class _Plan:
 
     def batch(self, stream: int, step: int) -> MicroBatch:
         first = step * self.micro_batch_size
-        position = np.arange(first, first + self.micro_batch_size, dtype=np.int64)
-        index = torch.from_numpy(position * self.order.num_streams + stream)
-        where = self.order.locate(stream, position)
+        position = torch.arange(first, first + self.micro_batch_size)
+        index = position * self.order.num_streams + stream
+        pieces = list(self.order.pieces(stream, first, first + self.micro_batch_size))
         channels, height, width = self.shape
-        images = self.buffers.tensor((len(position), height, width, channels))
-        keys = None if self.stages is None else [""] * len(position)
-        label, weight = self._gather(where.shard, where.sample, images.numpy(), keys)
-        if self.stages is not None and keys is not None:
+        images = self.buffers.tensor((self.micro_batch_size, height, width, channels))
+        label, weight = self._gather(pieces, images.numpy())
+        if self.stages is not None:
+            keys = [key for piece in pieces for key in self.reader.keys_of(piece.shard, piece.rows)]
             self.stages.apply(keys, index.numpy(), images.numpy(), label, weight)
-        self._look_ahead(stream, int(position[-1]), int(where.shard[-1]))
+        self._look_ahead(stream, first + self.micro_batch_size - 1, pieces[-1].shard)
         if self.flip:
             mirrored = rng.integers(self.order.seed, "flip", index, 2).bool()
             images[mirrored] = images[mirrored].flip(-2)
         return MicroBatch(
             stream,
-            torch.from_numpy(position),
+            position,
             index,
             self._collated(images),
             torch.from_numpy(label),
@@ -248,27 +236,20 @@ class _Plan:
         return images.permute(0, 3, 1, 2) if self.channels_last else images
 
     def _gather(
-        self,
-        shard: NDArray[np.int64],
-        row: NDArray[np.int64],
-        images: NDArray[np.uint8],
-        keys: list[str] | None,
+        self, pieces: Sequence[Piece], images: NDArray[np.uint8]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The samples into `images` in the order asked for, each shard visited once, in the order in which it
-        first occurs. Returns their labels and weights; their keys go into `keys`, where it is a list.
-        """
-        label = np.empty(len(row), dtype=np.int64)
-        weight = np.ones(len(row), dtype=np.float32)
-        for number in dict.fromkeys(shard.tolist()):
-            places = np.flatnonzero(shard == number)
-            label[places], bad = self.reader.read_into(number, row[places], images, places.tolist())
+        """The samples into `images`, in their order. Returns their labels and weights."""
+        label = np.empty(len(images), dtype=np.int64)
+        weight = np.ones(len(images), dtype=np.float32)
+        first = 0
+        for piece in pieces:
+            last = first + len(piece.rows)
+            label[first:last], bad = self.reader.read_into(piece.shard, piece.rows, images[first:last])
             if bad:
-                rows = {sample.row for sample in bad}
-                weight[places[np.isin(row[places], list(rows))]] = 0
+                rows = [sample.row for sample in bad]
+                weight[first:last][np.isin(piece.rows, rows)] = 0
                 self.bad.add(bad)
-            if keys is not None:
-                for place, key in zip(places, self.reader.keys_of(number, row[places]), strict=True):
-                    keys[place] = key
+            first = last
         return label, weight
 
     def _look_ahead(self, stream: int, position: int, shard: int) -> None:
@@ -283,20 +264,16 @@ class _Plan:
         self.reader.fetch_ahead(coming, len(self.streams))
 
 
-def _produce(
-    plan: _Plan, step: int, out: queue.Queue[list[MicroBatch] | BaseException], stopped: threading.Event
-) -> None:
+def _produce(plan: _Plan, step: int, out: Handover[list[MicroBatch] | BaseException]) -> None:
     try:
-        _read_steps(plan, step, out, stopped)
+        _read_steps(plan, step, out)
     finally:
         plan.reader.close()
 
 
-def _read_steps(
-    plan: _Plan, step: int, out: queue.Queue[list[MicroBatch] | BaseException], stopped: threading.Event
-) -> None:
+def _read_steps(plan: _Plan, step: int, out: Handover[list[MicroBatch] | BaseException]) -> None:
     begun = False
-    while not stopped.is_set():
+    while not out.closed:
         item: list[MicroBatch] | BaseException
         try:
             if not begun:
@@ -305,12 +282,6 @@ def _read_steps(
             item = [plan.batch(stream, step) for stream in plan.streams]
         except BaseException as error:  # noqa: BLE001  whatever it is, the consumer must hear of it
             item = error
-        while not stopped.is_set():
-            try:
-                out.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if isinstance(item, BaseException):
+        if not out.put(item) or isinstance(item, BaseException):
             return
         step += 1

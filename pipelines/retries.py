@@ -58,16 +58,24 @@ class Pace:
 PACE = Pace()
 # larger pieces are memory that is new every time
 _MOST_AT_ONCE = 2**18
+# a server may say what it likes of the length of what it sends
+_MOST_TRUSTED = 2**28
 
 
-def read_steadily(read1: Callable[[int], bytes], pace: Pace | None = None) -> bytes:
+def read_steadily(read1: Callable[[int], bytes], expected: int = 0, pace: Pace | None = None) -> bytes:
     """All that `read1` gives, which returns what there is, at most as many bytes as asked for, none at the end.
 
-    Raises `TryAgain` where it comes more slowly than `pace`. A timeout on each read is no limit: it begins again
-    with every byte.
+    `expected`: how many these probably are, so that memory need not grow, and be copied, piece by piece. Raises
+    `TryAgain` where it comes more slowly than `pace`. A timeout on each read is no limit: it begins again with
+    every byte.
     """
     pace = pace or PACE
     body = io.BytesIO()
+    if 0 < expected <= _MOST_TRUSTED:
+        # makes it as long at once; what was not written at the end is cut off
+        body.seek(expected - 1)
+        body.write(b"\0")
+        body.seek(0)
     since, before = time.monotonic(), 0
     while data := read1(_MOST_AT_ONCE):
         body.write(data)
@@ -76,6 +84,7 @@ def read_steadily(read1: Callable[[int], bytes], pace: Pace | None = None) -> by
             since, before = time.monotonic(), body.tell()
         elif (elapsed := time.monotonic() - since) > pace.window_s:
             raise TryAgain(f"could not be read whole: it comes too slowly, {came} bytes in {elapsed:.0f} s")
+    body.truncate()
     return body.getvalue()
 
 

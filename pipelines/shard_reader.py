@@ -8,9 +8,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
+from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
 from pipelines.cache import WeightedLRU
@@ -98,19 +98,19 @@ class _LoadedShard:
     def num_bytes(self) -> int:
         return len(self.data) + self.start.nbytes + self.index.num_bytes
 
-    def decode(
-        self, rows: NDArray[np.int64], out: NDArray[np.uint8], places: Sequence[int]
-    ) -> list[tuple[int, str]]:
-        """The images of these rows into these places of `out`, `[n, H, W, C]`. Returns the places of those that
-        are bad, each with the reason.
+    def decode(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> list[tuple[int, str]]:
+        """The images of these rows into `out`, `[n, H, W, C]`. Returns the places of those that are bad, each with
+        the reason.
         """
         start = self.start[rows]
-        crcs = self.index.crc32c[rows].tolist()
+        stop = start + self.index.length[rows]
+        crcs = self.index.crc32c[rows]
         data, bad, files = self.data, [], {}
-        spans = zip(start.tolist(), (start + self.index.length[rows]).tolist(), strict=True)
-        for place, crc, (first, last) in zip(places, crcs, spans, strict=True):
+        for place, (first, last, crc) in enumerate(
+            zip(start.tolist(), stop.tolist(), crcs.tolist(), strict=True)
+        ):
             image = data[first:last]
-            if google_crc32c.value(image) == crc:
+            if crc32c(image) == crc:
                 files[place] = image
             else:
                 bad.append((place, "its bytes do not have the CRC32C that the index gives"))
@@ -173,29 +173,27 @@ class ShardReader:
         channels, height, width = self._dataset.shape
         images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
         wanted = np.asarray(rows, dtype=np.int64)
-        labels, bad = self.read_into(shard, wanted, images, range(len(rows)))
+        labels, bad = self.read_into(shard, wanted, images)
         if bad:
             raise bad[0].error()
         return images.transpose(0, 3, 1, 2), labels
 
     def read_into(
-        self, shard: int, rows: NDArray[np.int64], out: NDArray[np.uint8], places: Sequence[int]
+        self, shard: int, rows: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> tuple[NDArray[np.int64], list[BadSample]]:
-        """Decode these rows of a shard into these places of `out`, uint8 `[n, H, W, C]`.
+        """Decode these rows of a shard into `out`, uint8 `[n, H, W, C]`.
 
         Returns the labels of all, and the bad samples, `out` being zero at their places. Raises `DataError` naming
         the shard where the shard itself is bad.
         """
         loaded, at = self._at_hand(shard, rows)
-        number_of = {place: number for number, place in enumerate(places)}
         bad = []
-        for place, reason in self._decode(loaded, at, out, places):
+        for place, reason in self._decode(loaded, at, out):
             out[place] = 0
-            number = number_of[place]
-            key = loaded.index.key[int(at[number])].as_py()
+            key = loaded.index.key[int(at[place])].as_py()
             where = self._dataset.uri_of(self._shards[shard])
             bad.append(
-                BadSample(shard, int(rows[number]), where, key, reason, self._dataset.what_to_run(deep=True))
+                BadSample(shard, int(rows[place]), where, key, reason, self._dataset.what_to_run(deep=True))
             )
         return loaded.index.label[at], bad
 
@@ -218,18 +216,19 @@ class ShardReader:
         return _end_to_end(images, held.index.part(different)), at
 
     def _decode(
-        self, loaded: _LoadedShard, rows: NDArray[np.int64], out: NDArray[np.uint8], places: Sequence[int]
+        self, loaded: _LoadedShard, rows: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> list[tuple[int, str]]:
-        size = -(-len(places) // self._decode_threads)
-        if size == len(places):
-            return loaded.decode(rows, out, places)
+        size = -(-len(rows) // self._decode_threads)
+        if size == len(rows):
+            return loaded.decode(rows, out)
         pieces = [
-            self._decoders.submit(
-                loaded.decode, rows[first : first + size], out, places[first : first + size]
+            (
+                first,
+                self._decoders.submit(loaded.decode, rows[first : first + size], out[first : first + size]),
             )
-            for first in range(0, len(places), size)
+            for first in range(0, len(rows), size)
         ]
-        return [bad for piece in pieces for bad in piece.result()]
+        return [(first + place, reason) for first, piece in pieces for place, reason in piece.result()]
 
     def keys_of(self, shard: int, rows: NDArray[np.int64]) -> list[str]:
         """The keys of the samples at these rows of a shard."""

@@ -350,7 +350,7 @@ def _body(response: Any, expected: int) -> bytes:
     """All bytes of an answer; `TryAgain` where there are not as many as `expected`, or the line breaks."""
     try:
         # botocore's own stream can only wait for all that is asked for, a byte a second included
-        data = read_steadily(response["Body"]._raw_stream.read1)
+        data = read_steadily(response["Body"]._raw_stream.read1, expected)
     except TryAgain:
         response["Body"].close()
         raise

@@ -25,8 +25,13 @@ def length(order: Order, stream: int, epochs: int) -> int:
 
 
 def read(order: Order, stream: int, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """By both ways of asking, which must agree."""
     found = order.locate(stream, np.arange(start, stop))
-    return list(zip(found.epoch.tolist(), found.shard.tolist(), found.sample.tolist(), strict=True))
+    places = list(zip(found.epoch.tolist(), found.shard.tolist(), found.sample.tolist(), strict=True))
+    pieces = list(order.pieces(stream, start, stop))
+    assert places == [(piece.epoch, piece.shard, row) for piece in pieces for row in piece.rows.tolist()]
+    assert all(len(piece.rows) for piece in pieces)
+    return places
 
 
 @given(counts=counts_of, seed=seeds, num_streams=st.integers(1, 40), first=st.integers(0, 10**6))
@@ -126,6 +131,9 @@ def test_the_order_does_not_use_or_change_numpys_global_state() -> None:
 def test_a_place_far_into_a_huge_run_is_found_without_replaying() -> None:
     order = Order([1000] * 100_000, seed=5, num_streams=1024)  # 10^8 samples, 10^3 epochs on
     found = order.locate(1023, np.arange(10**9, 10**9 + 64))
+    assert [piece.shard for piece in order.pieces(1023, 10**9, 10**9 + 64)] == list(
+        dict.fromkeys(found.shard.tolist())
+    )
     assert found.epoch.tolist() == [((p + 1) * 1024 - 1 - 1023) // 10**8 for p in range(10**9, 10**9 + 64)]
     small = Order([1, 2, 0, 3], seed=5, num_streams=4).locate(3, [10**9])
     assert small.epoch[0] == (10**9 * 4) // 6

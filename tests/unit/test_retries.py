@@ -127,7 +127,7 @@ def test_a_body_that_keeps_its_pace_is_read_whole(
     parts: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    assert len(read_steadily(pieces(clock, *parts), PACE)) == sum(size for _, size in parts)
+    assert len(read_steadily(pieces(clock, *parts), pace=PACE)) == sum(size for _, size in parts)
 
 
 @pytest.mark.parametrize(
@@ -144,5 +144,11 @@ def test_a_body_that_is_too_slow_is_given_up(
 ) -> None:
     clock = Clock(monkeypatch)
     with pytest.raises(TryAgain, match="it comes too slowly") as caught:
-        read_steadily(pieces(clock, *parts), PACE)
+        read_steadily(pieces(clock, *parts), pace=PACE)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("expected", [0, 1, 299, 300, 301, 10**6, 2**28, 2**62])
+def test_a_body_is_what_came_whatever_was_expected(expected: int) -> None:
+    came = [b"a" * 100, b"b" * 200, b""]
+    assert read_steadily(lambda _: came.pop(0), expected) == b"a" * 100 + b"b" * 200
