@@ -123,12 +123,13 @@ def pack(samples: Iterable[Sample]) -> PackedShard:
         bodies.append(data)
     tar, offsets = tar_of(names, bodies)
     tar_sha256 = sha256(tar)
+    keys, images, labels, _ = zip(*given, strict=True) if given else ((), (), (), ())
     columns: Columns = {
-        "key": [sample.key for sample in given],
+        "key": keys,
         "offset": offsets[places],
-        "length": [len(sample.image) for sample in given],
-        "label": [sample.label for sample in given],
-        "crc32c": [crc32c(sample.image) for sample in given],
+        "length": list(map(len, images)),
+        "label": labels,
+        "crc32c": list(map(crc32c, images)),
     }
     return PackedShard(tar, index_of(columns, tar_sha256, len(tar)), len(given), tar_sha256)
 

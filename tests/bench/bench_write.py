@@ -67,8 +67,9 @@ def pieces(side: int) -> NDArray[np.uint8]:
 
 def compare(folder: Path, rounds: int) -> None:
     few = pieces(SIDE)
-    images = few[np.arange(COUNT) % len(few)]
-    arrays = [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in few]
+    # channels innermost in memory, as images are decoded, for all that take part
+    rows = np.ascontiguousarray(few.transpose(0, 2, 3, 1)[np.arange(COUNT) % len(few)])
+    images, arrays = rows.transpose(0, 3, 1, 2), list(rows[: len(few)])
     pictures = [Image.fromarray(array) for array in arrays]
     files = {encoder: encode_pngs(images[:PER_SHARD], encoder) for encoder in ENCODERS}
     peers: dict[str, Way] = {
