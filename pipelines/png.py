@@ -12,11 +12,12 @@ import io
 import struct
 import zlib
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from pipelines.errors import UserError
 
@@ -51,6 +52,18 @@ def encode_pngs(images: NDArray[np.uint8], encoder: PngEncoder = "pillow") -> li
         rows = _channels_last(images[start : start + at_once])
         files += save(rows.reshape((-1, width) if channels == 1 else (-1, width, 3)), height)
     return files
+
+
+@lru_cache(maxsize=2)
+def libraries(encoder: PngEncoder = "pillow") -> str:
+    """The libraries, with their versions, that decide beside pixels and settings which bytes an image becomes."""
+    zlib_ng = features.version("zlib_ng")
+    parts = [
+        f"Pillow {version('Pillow')}",
+        f"zlib-ng {zlib_ng}" if zlib_ng else f"zlib {features.version('zlib')}",
+    ]
+    parts += [f"libjpeg {features.version('jpg')}", f"PyArrow {version('pyarrow')}"]
+    return ", ".join([*parts, f"fpng {version('fpng')}"] if encoder == "fpng" else parts)
 
 
 def _channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from functools import partial
 
 from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
 from pipelines.errors import UserError
-from pipelines.png import PngEncoder, check_encoder
+from pipelines.png import PngEncoder, check_encoder, libraries
 from pipelines.prepare_commit import check_writable, claim, commit, discard, finished, incomplete
 from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, plan_shards
 from pipelines.prepare_shards import (
@@ -95,7 +95,7 @@ def prepare(
             return existing
         log.warning("%s: made again", "; ".join(damage))
     plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
-    claim(storage, options, found.state)
+    claim(storage, options, found.state, libraries(png_encoder))
     try:
         shards, shape = _write_shards(storage, plans, existing, found, preprocessing, progress, workers)
     except BadImages:
@@ -163,7 +163,7 @@ def _write_shards(
 ) -> tuple[list[Shard], tuple[int, int, int]]:
     sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
     shape = _shape_of_first(plans, source, preprocessing)
-    recipe = Recipe(storage, source.reader, preprocessing, shape)
+    recipe = Recipe(storage, source.reader, preprocessing, shape, libraries(preprocessing.png_encoder))
     named = (
         {} if existing is None else {shard.key: shard for split in SPLITS for shard in existing.shards(split)}
     )

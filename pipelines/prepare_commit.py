@@ -31,6 +31,7 @@ from pipelines.storage import ObjectMissing, Storage, StorageError
 
 CLAIM_KEY = "preparation.json"
 _STATE = "source_state"
+_LIBRARIES = "libraries"
 _NAMED = 3
 _OPTIONS = {"image_member": "--image", "label_member": "--label"}
 
@@ -72,12 +73,18 @@ def incomplete(dataset: Dataset) -> list[str]:
     return damage
 
 
-def claim(storage: Storage, options: Mapping[str, Any], state: str = "", *, take: bool = True) -> None:
+def claim(
+    storage: Storage, options: Mapping[str, Any], state: str = "", libraries: str = "", *, take: bool = True
+) -> None:
     """Take the prefix for this source and these options, or find that it is taken for just them. The claim holds
-    the source's state as well, which is of one place and no part of what a data set is. With `take=False`: look
-    only.
+    the source's state as well, and the libraries that make the bytes, which are of one place and no part of what a
+    data set is. With `take=False`: look only.
+
+    Raises `UserError` where it is taken otherwise. Other libraries may make other bytes of the same image, so that
+    two of them would write over each other's shards until the set is whole; then nobody writes any more.
     """
-    claim = canonical_json({**options, **({_STATE: state} if state else {})})
+    asides = {name: value for name, value in ((_STATE, state), (_LIBRARIES, libraries)) if value}
+    claim = canonical_json({**options, **asides})
     try:
         taken = storage.get(CLAIM_KEY)
     except ObjectMissing:
@@ -93,8 +100,17 @@ def claim(storage: Storage, options: Mapping[str, Any], state: str = "", *, take
         taken = claim if storage.put_if_absent(CLAIM_KEY, claim) else storage.get(CLAIM_KEY)
     try:
         claimed = dict(json.loads(taken))
-        _check_same(storage, {name: claimed[name] for name in claimed if name != _STATE}, options)
+        _check_same(
+            storage, {name: claimed[name] for name in claimed if name not in (_STATE, _LIBRARIES)}, options
+        )
         _check_state(storage, claimed, state, "delete all that lies there, to begin anew")
+        theirs = claimed.get(_LIBRARIES, libraries)  # claims of earlier versions name none
+        if libraries and theirs != libraries and not storage.exists(RECORD_KEY):
+            raise UserError(
+                f"{storage.uri}: was begun with {printable(str(theirs))}, and here are {libraries}, which may make "
+                "other bytes of the same images: go on with those, choose another --out, or, if nobody works on "
+                "it, delete all that lies there"
+            )
     except (ValueError, TypeError, RecursionError):
         raise UserError(
             f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from pipelines.dataset import Shard
 from pipelines.errors import UserError
+from pipelines.png import libraries
 from pipelines.preprocess import Preprocessing, inspect
 from pipelines.shards import Sample, check_members, pack, parse_index, sha256
 from pipelines.sources import Entry, Reader
@@ -48,12 +49,15 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What making a shard needs besides its plan. `shape`: that of every image."""
+    """What making a shard needs besides its plan. `shape`: that of every image. `libraries`: those that must make
+    its bytes, see `pipelines.png.libraries`.
+    """
 
     storage: Storage
     reader: Reader
     preprocessing: Preprocessing
     shape: tuple[int, int, int]
+    libraries: str
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,11 @@ def make_shard(
 ) -> Shard | Refused:
     """Put the two objects of a shard, unless they are there; `tell(n)` is called as n samples are done."""
     storage, plan = recipe.storage, job.plan
+    if (here := libraries(recipe.preprocessing.png_encoder)) != recipe.libraries:
+        raise UserError(
+            f"{storage.uri}/{plan.key}: a worker has {here}, and the one who prepares {recipe.libraries}: the same "
+            "image must become the same bytes everywhere; install the same on all machines"
+        )
     there = None if job.num_bytes is None else _written_before(storage, plan, job.num_bytes)
     if there is not None and job.named in (None, there):
         return there

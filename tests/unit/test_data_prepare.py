@@ -568,3 +568,33 @@ def test_a_damaged_claim_is_named(tmp_path: Path, text: str) -> None:
         UserError, match=r"/preparation\.json: is damaged: delete it, or choose another --out"
     ):
         claim(storage, {"seed": 1})
+
+
+def test_two_installations_do_not_write_over_each_other(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.prepare.commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(str(photos), out)
+    before = {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.prepare.libraries", lambda encoder: "Pillow 1.0, zlib 1.0")
+        line = refusal(str(photos), out)
+        assert "was begun with Pillow " in line
+        assert "and here are Pillow 1.0, zlib 1.0, which may make other bytes" in line
+    assert before == {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    made = prepare(str(photos), out)
+    assert "libraries" not in made.record["preparation"]
+    # of a whole set nothing is written any more
+    monkeypatch.setattr("pipelines.prepare.libraries", lambda encoder: "Pillow 1.0, zlib 1.0")
+    assert prepare(str(photos), out) == made
+
+
+def test_a_worker_with_other_libraries_is_refused(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pipelines.prepare_shards.libraries", lambda encoder: "Pillow 1.0")
+    line = refusal(str(photos), str(tmp_path / "out"))
+    assert "a worker has Pillow 1.0, and the one who prepares Pillow " in line
+
+
+def killed(*given: object) -> None:
+    raise KeyboardInterrupt
