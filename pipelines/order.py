@@ -119,6 +119,25 @@ class Order:
         """Where the samples at positions `start` to `stop` of a stream stand, in their order; as `locate`, at a
         cost that grows with the number of shards between them alone.
         """
+        for epoch, shard, first, last in self._spans(stream, start, stop):
+            yield Piece(epoch, shard, self._order_within(epoch, shard)[first:last])
+
+    def shards_ahead(self, stream: int, position: int, limit: int, stop: int | None = None) -> list[int]:
+        """The next `limit` shards that a stream reads from this position on, each once, in that order; fewer where
+        there are fewer up to position `stop`, or in the rest of this epoch and the next one.
+        """
+        found = dict[int, None]()
+        last = self._begun(stream, self._epoch(stream, position) + 2)
+        for _, shard, _, _ in self._spans(stream, position, last if stop is None else min(last, stop)):
+            found[shard] = None
+            if len(found) == limit:
+                break
+        return list(found)
+
+    def _spans(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(epoch, shard, first, last) of each stretch of one shard that a stream reads between two positions: the
+        places `first` to `last` in the shard's order of that epoch.
+        """
         if not (0 <= stream < self.num_streams and start >= 0):
             raise ValueError(
                 f"stream, start: must be 0..{self.num_streams - 1}, >= 0, got {stream!r}, {start!r}"
@@ -126,38 +145,18 @@ class Order:
         while start < stop:
             epoch = self._epoch(stream, start)
             shards, ends = self._line(epoch)
-            begun = (epoch * self.num_samples + stream) // self.num_streams
-            place = self._start(stream, epoch) + start - begun
+            place = self._start(stream, epoch) + start - self._begun(stream, epoch)
             # side="right" passes over empty shards, whose end is their neighbour's
             rank = int(np.searchsorted(ends, place, side="right"))
             shard, end = int(shards[rank]), int(ends[rank])
-            here = ((epoch + 1) * self.num_samples + stream) // self.num_streams - start
-            count = min(end - place, here, stop - start)
+            count = min(end - place, self._begun(stream, epoch + 1) - start, stop - start)
             first = place - end + int(self._counts[shard])
-            yield Piece(epoch, shard, self._order_within(epoch, shard)[first : first + count])
+            yield epoch, shard, first, first + count
             start += count
 
-    def shards_ahead(self, stream: int, position: int, limit: int) -> list[int]:
-        """The next `limit` shards that a stream reads from this position on, each once, in that order; fewer where
-        the rest of this epoch and the next one hold fewer.
-        """
-        m, found = stream, dict[int, None]()
-        for _ in range(2):
-            epoch = self._epoch(m, position)
-            shards, ends = self._line(epoch)
-            stop = ((epoch + 1) * self.num_samples + m) // self.num_streams
-            begun = (epoch * self.num_samples + m) // self.num_streams
-            start = self._start(m, epoch)
-            first, last = np.searchsorted(
-                ends, [start + position - begun, start + stop - 1 - begun], side="right"
-            )
-            for rank in range(int(first), int(last) + 1):
-                if self._counts[shards[rank]]:
-                    found[int(shards[rank])] = None
-                if len(found) == limit:
-                    return list(found)
-            position = stop
-        return list(found)
+    def _begun(self, m: int, epoch: int) -> int:
+        """C_m(epoch): the position at which stream m begins this epoch."""
+        return (epoch * self.num_samples + m) // self.num_streams
 
     def _epoch(self, m: int, position: int) -> int:
         return ((position + 1) * self.num_streams - 1 - m) // self.num_samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -62,12 +63,13 @@ class MicroBatch:
 
 
 class StreamBatches:
-    """The micro-batches of some streams, step after step, without end; read ahead by one thread.
+    """The micro-batches of some streams, step after step, to `stop_step` or without end; read ahead by one thread.
 
     Step k of stream m takes its positions k·b … (k+1)·b − 1, so starting at `start_step` gives what reading
-    from 0 would have given. With `flip` an image is mirrored left to right where the draw (seed, "flip",
-    index) says so. Iterating yields one list a step, with a `MicroBatch` for each of `streams` in their
-    order. An error of the reading thread is raised in the consumer. Use it in a `with`, or call `close()`.
+    from 0 would have given. No shard is fetched that is first needed at `stop_step` or later. With `flip` an image
+    is mirrored left to right where the draw (seed, "flip", index) says so. Iterating yields one list a step, with a
+    `MicroBatch` for each of `streams` in their order. An error of the reading thread is raised in the consumer. Use
+    it in a `with`, or call `close()`.
 
     `as_bytes` gives the stored bytes instead of the model's numbers: a quarter of what goes to a GPU, where
     `to_model` then makes the same numbers of them. `channels_last` gives images whose channels lie innermost
@@ -92,6 +94,7 @@ class StreamBatches:
         streams: Sequence[int],
         micro_batch_size: int,
         start_step: int = 0,
+        stop_step: int | None = None,
         flip: bool = False,
         prefetch: int = 2,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -133,6 +136,7 @@ class StreamBatches:
             levels=dataset.levels,
             streams=tuple(streams),
             micro_batch_size=micro_batch_size,
+            stop_step=stop_step,
             flip=flip,
             as_bytes=as_bytes,
             channels_last=channels_last,
@@ -140,6 +144,7 @@ class StreamBatches:
         )
         self._read = Handover[list[MicroBatch] | BaseException](prefetch)
         self._error: BaseException | None = None
+        self._left = math.inf if stop_step is None else stop_step - start_step
         # the thread knows the handover alone: an iterator that is forgotten can still be collected
         self._thread = threading.Thread(
             target=_produce,
@@ -156,10 +161,13 @@ class StreamBatches:
     def __next__(self) -> list[MicroBatch]:
         if self._error is not None:
             raise self._error
+        if self._left <= 0:
+            raise StopIteration
         item = self._read.get()
         if isinstance(item, BaseException):
             self._error = item
             raise item
+        self._left -= 1
         return item
 
     def close(self) -> None:
@@ -186,6 +194,7 @@ class _Plan:
     levels: int
     streams: tuple[int, ...]
     micro_batch_size: int
+    stop_step: int | None
     flip: bool
     as_bytes: bool
     channels_last: bool
@@ -196,7 +205,7 @@ class _Plan:
     def begin(self, step: int) -> None:
         """Begin to fetch the shards that the first step needs, side by side."""
         position = step * self.micro_batch_size
-        shards = (self.order.shards_ahead(stream, position, 1)[0] for stream in self.streams)
+        shards = (self._ahead(stream, position, 1)[0] for stream in self.streams)
         self.reader.fetch_ahead(list(dict.fromkeys(shards)), len(self.streams))
 
     def batch(self, stream: int, step: int) -> MicroBatch:
@@ -252,13 +261,17 @@ class _Plan:
             first = last
         return label, weight
 
+    def _ahead(self, stream: int, position: int, limit: int) -> list[int]:
+        stop = None if self.stop_step is None else self.stop_step * self.micro_batch_size
+        return self.order.shards_ahead(stream, position, limit, stop)
+
     def _look_ahead(self, stream: int, position: int, shard: int) -> None:
         """Where a stream has come to another shard, begin to fetch those that it comes to next."""
         if self.standing.get(stream) == shard:
             return
         self.standing[stream] = shard
         depth = max(1, _SHARDS_AHEAD // len(self.streams))
-        coming = self.order.shards_ahead(stream, position, depth + 1)[1:]
+        coming = self._ahead(stream, position, depth + 1)[1:]
         # what no stream stands in or comes to next is not read again for long
         self.reader.retain({*self.standing.values(), *coming})
         self.reader.fetch_ahead(coming, len(self.streams))
@@ -273,7 +286,7 @@ def _produce(plan: _Plan, step: int, out: Handover[list[MicroBatch] | BaseExcept
 
 def _read_steps(plan: _Plan, step: int, out: Handover[list[MicroBatch] | BaseException]) -> None:
     begun = False
-    while not out.closed:
+    while not out.closed and (plan.stop_step is None or step < plan.stop_step):
         item: list[MicroBatch] | BaseException
         try:
             if not begun:

@@ -237,6 +237,7 @@ def _batches(run: Run, world: World, start: int) -> StreamBatches:
         streams=streams_of(world.rank, world.size, settings.micro_batches),
         micro_batch_size=settings.batch_size // settings.micro_batches,
         start_step=start,
+        stop_step=run.config.train.steps,
         flip=data.flip,
         cache_bytes=data.cache_bytes,
         fetch=fetch_through(data.disk_cache, data.disk_cache_bytes, run.dataset.storage),

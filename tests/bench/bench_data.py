@@ -226,11 +226,12 @@ def _ours(dataset: Dataset, count: int) -> Images:
         num_streams=1,
         streams=[0],
         micro_batch_size=BATCH,
+        stop_step=count // BATCH,
         as_bytes=True,
         channels_last=True,
     ) as batches:
-        for _ in range(count // BATCH):
-            yield next(batches)[0].x_start
+        for batch in batches:
+            yield batch[0].x_start
 
 
 def _webdataset(dataset: Dataset, *, curl: bool = False) -> Images:

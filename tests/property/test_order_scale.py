@@ -120,6 +120,9 @@ def test_the_shards_ahead_are_those_that_the_stream_reads(
     assert ahead[: len(expected)] == expected[:limit]
     assert len(set(ahead)) == len(ahead) <= limit
     assert all(counts[shard] for shard in ahead)
+    stop = position + data.draw(st.integers(0, sum(counts) // streams + 1))
+    until = order.locate(stream, np.arange(position, stop)).shard.tolist()
+    assert order.shards_ahead(stream, position, limit, stop) == list(dict.fromkeys(until))[:limit]
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,46 @@ def test_closing_ends_the_thread_and_the_iteration(tmp_path: Path) -> None:
         next(stream)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 3), (2, 4), (1, 6)])
+def test_it_ends_where_it_is_to_stop_and_fetches_nothing_for_later(
+    tmp_path: Path, start: int, stop: int
+) -> None:
+    dataset, _ = dataset_of(tmp_path, [4] * 6)
+    options: dict[str, Any] = {"num_streams": 1, "streams": [0], "micro_batch_size": 4}
+    endless = batches(dataset, stop, **options)[start:]
+    fetched: list[str] = []
+
+    def note(key: str, data: bytes, time: int) -> bytes:
+        fetched.append(key)
+        return data
+
+    with StreamBatches(
+        through(dataset, watched(dataset, note)), "train", seed=5, start_step=start, stop_step=stop, **options
+    ) as stream:
+        read = list(stream)
+        assert list(stream) == []
+    assert len(read) == stop - start
+    assert all(same(*pair) for a, b in zip(read, endless, strict=True) for pair in zip(a, b, strict=True))
+    # a shard a step
+    assert len([key for key in fetched if key.endswith(".tar")]) == stop - start
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_there_is_nothing_where_it_stops_before_it_starts(tmp_path: Path, stop: int) -> None:
+    dataset, _ = dataset_of(tmp_path, [6])
+    with StreamBatches(
+        dataset,
+        "train",
+        seed=0,
+        num_streams=1,
+        streams=[0],
+        micro_batch_size=2,
+        start_step=3,
+        stop_step=stop,
+    ) as stream:
+        assert list(stream) == []
+
+
 def test_an_iterator_that_is_forgotten_ends_its_thread(tmp_path: Path) -> None:
     dataset, _ = dataset_of(tmp_path, [6])
     stream = StreamBatches(dataset, "train", seed=0, num_streams=2, streams=[0, 1], micro_batch_size=2)
