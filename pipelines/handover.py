@@ -31,7 +31,8 @@ class Handover(Generic[Item]):
 
     def put(self, item: Item) -> bool:
         """Wait for a place and pass it on; False where all is closed."""
-        self._places.get()
+        if not self.closed:
+            self._places.get()
         if not self.closed:
             self._things.put(item)
         return not self.closed
