@@ -113,7 +113,7 @@ def test_hidden_files_are_counted_in_a_line(
         caplog.clear()
         with caplog.at_level(logging.INFO, "pipelines"):
             assert len(open_source(str(source)).entries) == 1
-        [line] = [record.getMessage() for record in caplog.records]
+        [line] = {record.getMessage() for record in caplog.records}
         # a hidden folder counts once: it is not entered
         assert line.startswith(
             f"{source}: 3 hidden, and not looked at (a name begins with '.' or __MACOSX), such as "
