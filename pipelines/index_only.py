@@ -10,19 +10,24 @@ from itertools import accumulate
 from typing import Any
 from urllib.parse import quote, unquote
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.columns import Integers, Passed, pieces
 from pipelines.dataset import Dataset, Shard, has_control
-from pipelines.duplicates import same_content
+from pipelines.duplicates import hashes_of, same_content
 from pipelines.errors import UserError, printable
 from pipelines.images import check_levels
 from pipelines.index_scan import SCANS, Scanned, Scans, scan_tar
+from pipelines.labels import number_labels
 from pipelines.prepare import Progress
 from pipelines.prepare_commit import check_writable, claim, commit, finished
 from pipelines.prepare_plan import keyed_hash
 from pipelines.prepare_shards import MAX_NAMED, Bad, BadImages, Workers
-from pipelines.shards import index_of, sha256
+from pipelines.shards import Columns, index_of, sha256
 from pipelines.source_find import Found, find
 from pipelines.source_tar import LABEL_EXTENSION
-from pipelines.sources import fingerprint, number_labels, state_of, warn_passed_over
+from pipelines.sources import fingerprint, state_of, warn_passed_over
 from pipelines.storage import Storage, StorageError, open_storage
 
 log = logging.getLogger(__name__)
@@ -100,9 +105,10 @@ def index_tars(
             storage.delete(map(scans.key_of, found.keys))
         raise
     claim(storage, options, state)
-    for shard, index in made.shards:
+    rows = []
+    for shard, index in made.shards():
         storage.put(shard.index_key, index)
-    rows = [replace(shard, key=_key_of(storage, found.storage, shard.key)) for shard, _ in made.shards]
+        rows.append(replace(shard, key=_key_of(storage, found.storage, shard.key)))
     commit(storage, printable(found.name), made.shape, levels, made.classes, options, rows)
     storage.delete(map(scans.key_of, found.keys))
     dataset = finished(storage, options, state)
@@ -130,17 +136,27 @@ def _check_names(found: Found) -> None:
 
 @dataclass(frozen=True)
 class _Assigned:
-    """`shards`: each with its index; a shard's key is that of its tar in the source."""
+    """The tars, each with its split, the key of its index and its labels."""
 
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
-    shards: list[tuple[Shard, bytes]]
+    tars: list[tuple[str, str, Scanned, Integers]]
+
+    def shards(self) -> Iterator[tuple[Shard, bytes]]:
+        """Each with its index; a shard's key is that of its tar in the source."""
+        for split, index_key, tar, numbers in self.tars:
+            index = _index(tar, numbers)
+            count = len(tar.labels)
+            shard = Shard(split, tar.key, index_key, count, tar.num_bytes, tar.sha256, sha256(index))
+            yield shard, index
 
 
 def _assign(found: Found, scanned: list[Scanned], options: Mapping[str, Any]) -> _Assigned:
-    passed_over = [name for tar in scanned for name in tar.passed_over]
+    passed_over = Passed()
+    for tar in scanned:
+        passed_over.add(tar.passed_over.count, tar.passed_over.first)
     warn_passed_over(found.where, passed_over, "members that are no sample's")
-    scanned = [tar for tar in scanned if tar.labels]
+    scanned = [tar for tar in scanned if len(tar.labels)]
     for one, two in same_content((tar.key, tar.sha256) for tar in scanned):
         raise UserError(
             f"source: {found.where}: {printable(one)} and {printable(two)} are one tar twice (equal SHA-256), and "
@@ -149,41 +165,56 @@ def _assign(found: Found, scanned: list[Scanned], options: Mapping[str, Any]) ->
     shape = _one_shape(found.storage, scanned, options["image_size"], options.get("channels"))
     classes, numbers = number_labels(
         found.where,
-        [label for tar in scanned for label in tar.labels],
+        [tar.labels for tar in scanned],
         name_of=lambda place: _name_of(found.storage, scanned, place),
     )
     stops = list(accumulate(len(tar.labels) for tar in scanned))
     held_out = _held_out([tar.key for tar in scanned], options["seed"], options["test_fraction"])
     _check_apart(found, scanned, held_out)
-    shards, counts = [], {"train": 0, "test": 0}
+    tars, counts = [], {"train": 0, "test": 0}
     for tar, stop in zip(scanned, stops, strict=True):
         split = "test" if tar.key in held_out else "train"
         index_key = f"{split}/shard-{counts[split]:06d}.index.parquet"
         counts[split] += 1
-        index = _index(tar, numbers[stop - len(tar.labels) : stop])
-        count = len(tar.labels)
-        shard = Shard(split, tar.key, index_key, count, tar.num_bytes, tar.sha256, sha256(index))
-        shards.append((shard, index))
-    shards.sort(key=lambda made: (made[0].split != "train", made[0].index_key))
-    return _Assigned(shape, classes, shards)
+        tars.append((split, index_key, tar, numbers[stop - len(tar.labels) : stop]))
+    tars.sort(key=lambda made: (made[0] != "train", made[1]))
+    return _Assigned(shape, classes, tars)
 
 
 def _check_apart(found: Found, scanned: list[Scanned], held_out: set[str]) -> None:
     """What is held out must be in no other tar, under its key."""
-    names = ("key", "length", "crc32c")
-    samples = {tar.key: zip(*(tar.columns[name] for name in names), strict=True) for tar in scanned}
-    kept = {sample: tar for tar in held_out for sample in samples[tar]}
-    for tar in samples.keys() - held_out:
-        for sample in samples[tar]:
-            if (other := kept.get(sample)) is not None:
-                raise UserError(
-                    f"source: {found.where}: the sample {printable(str(sample[0]))!r} is the same in "
-                    f"{printable(tar)} and in {printable(other)}, which is held out: prepare without --index-only"
-                )
+    kept = [tar for tar in scanned if tar.key in held_out]
+    hashes = np.sort(np.concatenate([_hashes(tar) for tar in kept]))
+    for tar in scanned:
+        if tar.key in held_out:
+            continue
+        own = _hashes(tar)
+        at = np.minimum(np.searchsorted(hashes, own), len(hashes) - 1)
+        for row in np.flatnonzero(hashes[at] == own).tolist():
+            sample = _sample(tar, row)
+            for other in kept:
+                if any(
+                    _sample(other, n) == sample for n in np.flatnonzero(_hashes(other) == own[row]).tolist()
+                ):
+                    raise UserError(
+                        f"source: {found.where}: the sample {printable(sample[0])!r} is the same in "
+                        f"{printable(tar.key)} and in {printable(other.key)}, which is held out: prepare without "
+                        "--index-only"
+                    )
 
 
-def _index(tar: Scanned, numbers: Sequence[int]) -> bytes:
-    columns: dict[str, Sequence[str | int]] = {**tar.columns, "label": numbers}
+def _sample(tar: Scanned, row: int) -> tuple[str, int, int]:
+    return tar.keys[row], int(tar.columns["length"][row]), int(tar.columns["crc32c"][row])
+
+
+def _hashes(tar: Scanned) -> NDArray[np.int64]:
+    """Of what makes two samples the same."""
+    numbers = (pieces(tar.columns[name]) for name in ("length", "crc32c"))
+    return hashes_of(zip(tar.keys, *numbers, strict=True), len(tar.keys))
+
+
+def _index(tar: Scanned, numbers: Integers) -> bytes:
+    columns: Columns = {"key": list(tar.keys), **tar.columns, "label": numbers}
     return index_of(columns, tar.sha256, tar.num_bytes)
 
 
@@ -203,7 +234,8 @@ def _complete(dataset: Dataset, found: Found, scan: Callable[[tuple[str, int]], 
                 continue
             log.warning("%s/%s is missing: made again", storage.uri, shard.index_key)
             tar = scan(tars[shard.key])
-            index = _index(tar, [_number_of(label, dataset.classes) for label in tar.labels])
+            of_value = [_number_of(label, dataset.classes) for label in tar.labels.values]
+            index = _index(tar, np.array(of_value, np.int64)[tar.labels.codes])
             if tar.bad or sha256(index) != shard.index_sha256:
                 raise UserError(
                     f"{storage.uri}/{shard.index_key}: is lost, and can't be made again as it was (the tar has "
@@ -262,7 +294,7 @@ def _scan_all(
 def _name_of(storage: Storage, scanned: list[Scanned], place: int) -> str:
     for tar in scanned:
         if place < len(tar.labels):
-            return printable(f"{storage.uri}/{tar.key}/{tar.columns['key'][place]}")
+            return printable(f"{storage.uri}/{tar.key}/{tar.keys[place]}")
         place -= len(tar.labels)
     raise AssertionError(place)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from pipelines.columns import Coded, Integers, Passed, Texts, TextsBuilder, narrow
 from pipelines.errors import UserError, printable
 from pipelines.images import stored_shape
 from pipelines.prepare_shards import MAX_NAMED, Bad, OtherShape
@@ -20,26 +22,29 @@ from pipelines.source_tar import list_tar
 from pipelines.storage import Storage
 
 SCANS = "scans/"
-_COLUMNS = {"key": pa.string(), "offset": pa.int64(), "length": pa.int64(), "crc32c": pa.uint32()}
-_SCHEMA = pa.schema([*_COLUMNS.items(), ("labelled", pa.bool_()), ("label", pa.string())])
+_NUMBERS = {"offset": pa.int64(), "length": pa.int64(), "crc32c": pa.uint32()}
+_SCHEMA = pa.schema(
+    [("key", pa.string()), *_NUMBERS.items(), ("labelled", pa.bool_()), ("label", pa.string())]
+)
 _META = b"ddpm.scan"
-_VERSION = 1
+_VERSION = 2
 _ADVICE = "prepare without --index-only"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scanned:
-    """What is known of one tar once it has been read. `labels`: as they are written, None for none. `bad`: the
-    images that can't be taken, `MAX_NAMED` at most.
+    """What is known of one tar once it has been read. `columns`: offset, length and crc32c of the images. `labels`:
+    as they are written, None for none. `bad`: the images that can't be taken, `MAX_NAMED` at most.
     """
 
     key: str
     num_bytes: int
     sha256: str
-    columns: Mapping[str, list[str | int]]
-    labels: tuple[str | None, ...]
+    keys: Texts
+    columns: Mapping[str, Integers]
+    labels: Coded[str | None]
     shape: tuple[int, int, int] | None
-    passed_over: tuple[str, ...]
+    passed_over: Passed
     bad: tuple[Bad, ...] = ()
 
 
@@ -51,20 +56,20 @@ def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, labe
     if len(data) != num_bytes:
         raise UserError(f"source: {where}: had {num_bytes} bytes when it was listed, and now has {len(data)}")
     listed = list_tar(_InMemory(storage.uri, data), key, num_bytes, image, label)
-    columns: dict[str, list[str | int]] = {name: [] for name in ("key", "offset", "length", "crc32c")}
+    keys, columns = TextsBuilder(), {name: array("Q") for name in _NUMBERS}
     first: tuple[int, int, int] | None = None
     bad: list[Bad] = []
-    for sample, extension in zip(listed.samples, listed.images, strict=True):
-        offset, size = next((at, size) for name, at, size in sample.members if name == extension)
+    for row, (key_in_tar, extension) in enumerate(zip(listed.names, listed.images, strict=True)):
+        offset, size = next((at, size) for name, at, size in listed.members(row) if name == extension)
         body = data[offset : offset + size]
-        name = f"source: {where}/{printable(sample.key)}"
+        name = f"source: {where}/{printable(key_in_tar)}"
         wrong: str | OtherShape | None = None
         try:
             check_plain(body)
             shape = stored_shape(body)
             if first is not None and shape != first:
                 wrong = OtherShape(f"of shape {list(shape)}", f"of shape {list(first)}", _ADVICE)
-            sample.key.encode()
+            key_in_tar.encode()
         except ValueError as error:
             reason = "its key is no UTF-8 text" if isinstance(error, UnicodeEncodeError) else error
             wrong = f"{reason}: {_ADVICE}"
@@ -74,11 +79,19 @@ def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, labe
                 break
             continue
         first = shape
-        row: tuple[str | int, ...] = (sample.key, offset, size, crc32c(body))
-        for column, value in zip(columns.values(), row, strict=True):
+        keys.append(key_in_tar)
+        for column, value in zip(columns.values(), (offset, size, crc32c(body)), strict=True):
             column.append(value)
     return Scanned(
-        key, num_bytes, sha256(data), columns, listed.labels, first, listed.passed_over, tuple(bad)
+        key,
+        num_bytes,
+        sha256(data),
+        keys.build(),
+        {name: narrow(column) for name, column in columns.items()},
+        listed.labels,
+        first,
+        listed.passed_over,
+        tuple(bad),
     )
 
 
@@ -112,6 +125,7 @@ class Scans:
 
     def put(self, scanned: Scanned, version: str) -> None:
         columns: dict[str, Any] = {
+            "key": list(scanned.keys),
             **scanned.columns,
             "labelled": [label is not None for label in scanned.labels],
             "label": [label or "" for label in scanned.labels],
@@ -122,7 +136,7 @@ class Scans:
             "num_bytes": scanned.num_bytes,
             "sha256": scanned.sha256,
             "shape": scanned.shape,
-            "passed_over": [printable(name) for name in scanned.passed_over],
+            "passed_over": [scanned.passed_over.count, printable(scanned.passed_over.first)],
         }
         schema = _SCHEMA.with_metadata({_META: json.dumps(meta)})
         self.storage.put(self.key_of(scanned.key), to_parquet(pa.table(columns, schema=schema)))
@@ -142,8 +156,9 @@ class Scans:
             key,
             num_bytes,
             meta["sha256"],
-            {name: table[name].to_pylist() for name in _COLUMNS},
-            tuple(label if there else None for there, label in zip(labelled, labels, strict=True)),
+            Texts.of(table["key"].to_pylist()),
+            {name: narrow(table[name].to_numpy()) for name in _NUMBERS},
+            Coded.of(label if there else None for there, label in zip(labelled, labels, strict=True)),
             tuple(meta["shape"]) if meta["shape"] else None,
-            tuple(meta["passed_over"]),
+            Passed(*meta["passed_over"]),
         )

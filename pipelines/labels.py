@@ -1,18 +1,23 @@
-"""The labels of image files: by a table that gives each file its label, or by their folders."""
+"""Labels and the classes that they mean; and those of image files, by a table or by their folders."""
 
 from __future__ import annotations
 
 import csv
-from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.columns import Coded, Integers, Keys, narrow
 from pipelines.errors import UserError, one_line, printable
-from pipelines.sources import number_labels
 
+Label = str | int | None
+
+_ABSENT = (None, -1, "-1")
+_MAX_CLASSES = 2**20
 COLUMNS = ("file", "label")
 
 
@@ -61,7 +66,114 @@ def _check_columns(names: list[str]) -> None:
         raise ValueError(f"it has the columns {', '.join(names) or 'none'}, and not {', '.join(missing)}")
 
 
-def labels_of(where: str, images: list[str], table: str | None) -> tuple[tuple[str, ...], list[int]]:
+def number_labels(
+    where: str,
+    labels: Sequence[Coded[Any]],
+    names: Sequence[str] | None = None,
+    name_of: Callable[[int], str] = str,
+) -> tuple[tuple[str, ...], Integers]:
+    """The classes of these labels (columns one behind the other), and each label as the number of its class (−1
+    where there is no label).
+
+    Numbers (also as text) stay as they are, and their classes are `names` or "0", "1", …; texts are numbered
+    in their order. `name_of(place)` says which one is at fault. Raises `UserError` if only some have a label
+    (None, or the number −1), if a number has no class, or if one number is written in two ways.
+    """
+    total = sum(map(len, labels))
+    absent = sum(_count(column, lambda label: label in _ABSENT) for column in labels)
+    if absent == total:
+        return (), np.full(total, -1, np.int8)
+    if absent:
+        first = name_of(_first(labels, lambda label: label in _ABSENT))
+        raise UserError(
+            f"source: {where}: {absent} of {total} images such as {first} have no label: give all of them one, "
+            "or none"
+        )
+    texts = {str(label) for column in labels for label in column.values}
+    if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
+        if any(map(_no_class, (label for column in labels for label in column.values))):
+            wrong = _first(labels, _no_class)
+            raise UserError(
+                f"source: {where}: {name_of(wrong)} has the label {_at(labels, wrong)}, which is no class"
+            )
+        classes = sorted(texts)
+        numbers = {name: number for number, name in enumerate(classes)}
+        return tuple(printable(name) for name in classes), _numbered(labels, numbers)
+    values = {text: int(text) for text in texts}
+    if len(set(values.values())) < len(texts):
+        _refuse_spellings(where, labels, name_of)
+    largest = max(values.values())
+    if largest >= (_MAX_CLASSES if names is None else len(names)):
+        known_classes = (
+            f"the source names {len(names)} classes" if names is not None else "is no class's number"
+        )
+        at = name_of(_first(labels, lambda label: values[str(label)] == largest))
+        raise UserError(f"source: {where}: {at} has the label {largest}: {known_classes}")
+    return tuple(printable(name) for name in names or map(str, range(largest + 1))), _numbered(labels, values)
+
+
+def _refuse_spellings(where: str, labels: Sequence[Coded[Any]], name_of: Callable[[int], str]) -> None:
+    """Name the first place where a number is written otherwise than before."""
+    first: dict[str, int] = {}
+    start = 0
+    for column in labels:
+        codes, rows = np.unique(column.codes, return_index=True)
+        for code, row in zip(codes.tolist(), rows.tolist(), strict=True):
+            first.setdefault(str(column.values[code]), start + row)
+        start += len(column)
+    spelt: dict[int, str] = {}
+    for text in sorted(first, key=first.__getitem__):
+        if (other := spelt.setdefault(int(text), text)) != text:
+            raise UserError(
+                f"source: {where}: {name_of(first[other])} has the label {other}, and {name_of(first[text])} "
+                f"{text}, which would both be the class {int(text)}: write it one way"
+            )
+
+
+def _no_class(label: Label) -> bool:
+    return isinstance(label, int) and not 0 <= label < _MAX_CLASSES
+
+
+def _matching(column: Coded[Any], matches: Callable[[Label], bool]) -> Integers:
+    return np.array([matches(label) for label in column.values], bool)[column.codes]
+
+
+def _count(column: Coded[Any], matches: Callable[[Label], bool]) -> int:
+    codes = [code for code, label in enumerate(column.values) if matches(label)]
+    return sum(int(np.count_nonzero(column.codes == code)) for code in codes)
+
+
+def _first(labels: Sequence[Coded[Any]], matches: Callable[[Label], bool]) -> int:
+    """The first place with such a label, which there is."""
+    start = 0
+    for column in labels:
+        if any(map(matches, column.values)):
+            return start + int(np.argmax(_matching(column, matches)))
+        start += len(column)
+    raise AssertionError
+
+
+def _at(labels: Sequence[Coded[Any]], place: int) -> str:
+    for column in labels:
+        if place < len(column):
+            return str(column[place])
+        place -= len(column)
+    raise AssertionError
+
+
+def _numbered(labels: Sequence[Coded[Any]], numbers: dict[str, int]) -> Integers:
+    kind = narrow([max(numbers.values())]).dtype
+    result = np.empty(sum(map(len, labels)), kind)
+    start = 0
+    for column in labels:
+        of_value = np.array([numbers[str(label)] for label in column.values], kind)
+        result[start : start + len(column)] = of_value[column.codes]
+        start += len(column)
+    return result
+
+
+def labels_of(where: str, images: Keys, table: str | None) -> tuple[tuple[str, ...], Integers]:
+    """The classes of these files, and of each the number of its class; by the table, or by the folders."""
     if table is not None:
         known = read_labels(table)
         unlisted = [image for image in images if image not in known]
@@ -76,18 +188,18 @@ def labels_of(where: str, images: list[str], table: str | None) -> tuple[tuple[s
                 f"--labels {table}: {len(absent)} of its rows name no image of {where}, such as {absent[0]}"
             )
         return number_labels(
-            where, [known[image] for image in images], name_of=lambda n: printable(images[n])
+            where, [Coded.of(known[image] for image in images)], name_of=lambda n: printable(images[n])
         )
-    tops = Counter(image.partition("/")[0] if "/" in image else "" for image in images)
-    if "" in tops and len(tops) > 1:
-        loose = next(image for image in images if "/" not in image)
+    tops = Coded.of(image.partition("/")[0] if "/" in image else "" for image in images)
+    if "" in tops.values and len(tops.values) > 1:
+        loose = tops.codes == tops.values.index("")
         raise UserError(
-            f"source: {where}: {tops['']} images such as {printable(loose)} lie beside the class folders and "
-            "would have no label: move them into a folder, or put all images into one"
+            f"source: {where}: {np.count_nonzero(loose)} images such as {printable(images[int(np.argmax(loose))])} "
+            "lie beside the class folders and would have no label: move them into a folder, or put all images into "
+            "one"
         )
     # not by number_labels: a folder's name is a name, also where it looks like a number
-    classes = sorted(name for name in tops if name)
+    classes = sorted(name for name in tops.values if name)
     numbers = {name: number for number, name in enumerate(classes)}
-    return tuple(printable(name) for name in classes), [
-        numbers.get(image.partition("/")[0], -1) for image in images
-    ]
+    of_value = narrow([numbers.get(name, -1) for name in tops.values])
+    return tuple(printable(name) for name in classes), of_value[tops.codes]

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 
 from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
 from pipelines.errors import UserError
 from pipelines.png import PngEncoder, check_encoder, libraries
 from pipelines.prepare_commit import check_writable, claim, commit, discard, finished, incomplete
-from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, plan_shards
+from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, Plan, plan_shards
 from pipelines.prepare_shards import (
     MAX_NAMED,
     Bad,
@@ -25,7 +24,6 @@ from pipelines.prepare_shards import (
     Job,
     Recipe,
     Refused,
-    ShardPlan,
     Workers,
     any_colour,
     convert,
@@ -94,14 +92,14 @@ def prepare(
         if not (damage := incomplete(existing)):
             return existing
         log.warning("%s: made again", "; ".join(damage))
-    plans = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
+    plan = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)
     claim(storage, options, found.state, libraries(png_encoder))
     try:
-        shards, shape = _write_shards(storage, plans, existing, found, preprocessing, progress, workers)
+        shards, shape = _write_shards(storage, plan, existing, found, preprocessing, progress, workers)
     except BadImages:
         # whoever prepares the same meets the same images; of a finished set nothing is thrown away
         if not storage.exists(RECORD_KEY):
-            discard(storage, plans)
+            discard(storage, plan.objects())
         raise
     commit(storage, found.name, shape, preprocessing.levels, found.classes, options, shards)
     dataset = finished(storage, options)
@@ -154,7 +152,7 @@ def _in_colour(source: Source, workers: Workers | None) -> bool:
 
 def _write_shards(
     storage: Storage,
-    plans: list[ShardPlan],
+    plan: Plan,
     existing: Dataset | None,
     source: Source,
     preprocessing: Preprocessing,
@@ -162,29 +160,21 @@ def _write_shards(
     workers: Workers | None,
 ) -> tuple[list[Shard], tuple[int, int, int]]:
     sizes = {info.key: info.num_bytes for split in SPLITS for info in storage.list(f"{split}/")}
-    shape = _shape_of_first(plans, source, preprocessing)
+    shape = _shape_of_first(plan, source, preprocessing)
     recipe = Recipe(storage, source.reader, preprocessing, shape, libraries(preprocessing.png_encoder))
     named = (
         {} if existing is None else {shard.key: shard for split in SPLITS for shard in existing.shards(split)}
     )
-    jobs = [
-        Job(
-            number,
-            plan,
-            sizes.get(plan.key) if plan.index_key in sizes else None,
-            named=named.get(plan.key),
-        )
-        for number, plan in enumerate(plans)
-    ]
-    total, done = sum(len(plan.entries) for plan in plans), 0
+    total, done = len(source.entries), 0
     shards: dict[int, Shard] = {}
     bad: list[Bad] = []
 
     def left() -> Iterator[Job]:
-        for job in jobs:
+        for number, shard in enumerate(plan):
             if len(bad) >= MAX_NAMED:
                 return
-            yield replace(job, look_only=bool(bad))
+            num_bytes = sizes.get(shard.key) if shard.index_key in sizes else None
+            yield Job(number, shard, num_bytes, look_only=bool(bad), named=named.get(shard.key))
 
     def tell(samples: int) -> None:
         if progress is not None:
@@ -206,23 +196,20 @@ def _write_shards(
     if bad:
         raise BadImages.of(bad, total)
     _check_arrived(storage, shards.values())
-    return [shards[job.number] for job in jobs], shape
+    return [shards[number] for number in range(len(plan))], shape
 
 
-def _shape_of_first(
-    plans: list[ShardPlan], source: Source, preprocessing: Preprocessing
-) -> tuple[int, int, int]:
+def _shape_of_first(plan: Plan, source: Source, preprocessing: Preprocessing) -> tuple[int, int, int]:
     """Which shape all images must have: that of the first good one, also where an earlier attempt wrote it."""
     bad: list[Bad] = []
-    entries = [entry for plan in plans for entry in plan.entries]
-    for entry in entries:
+    for entry in (entry for shard in plan for entry in shard.entries):
         try:
             return convert(source.reader, entry, preprocessing, None).shape
         except BadImage as error:
             bad.append(error.bad)
         if len(bad) == MAX_NAMED:
             break
-    raise BadImages.of(bad, len(entries))
+    raise BadImages.of(bad, len(source.entries))
 
 
 def _check_arrived(storage: Storage, shards: Iterable[Shard]) -> None:

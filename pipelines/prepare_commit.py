@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipelines.config_sections import PrepareConfig
@@ -25,7 +25,6 @@ from pipelines.dataset import (
     shards_to_parquet,
 )
 from pipelines.errors import UserError, printable, without_password
-from pipelines.prepare_shards import ShardPlan
 from pipelines.shards import sha256
 from pipelines.storage import ObjectMissing, Storage, StorageError
 
@@ -202,7 +201,8 @@ def _named_listing(storage: Storage) -> str | None:
     return record.get("shards_sha256") if isinstance(record, dict) else None
 
 
-def discard(storage: Storage, plans: list[ShardPlan]) -> None:
-    keys = [key for plan in plans for key in (plan.index_key, plan.key)]
+def discard(storage: Storage, objects: Iterable[tuple[str, str]]) -> None:
+    """Delete each shard's tar and index, and the claim."""
+    keys = [key for tar, index in objects for key in (index, tar)]
     with contextlib.suppress(StorageError):
         storage.delete([*keys, CLAIM_KEY])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -79,7 +80,8 @@ class RayWorkers:
                         ray.available_resources().get("CPU", 0),
                     )
                 for answer in done:
-                    result = ray.get(answer)
+                    # its arrays would hold their place in the cluster's shared memory for as long as they live
+                    result = copy.deepcopy(ray.get(answer))
                     yield running.pop(answer), result
                 fill()
         except RayError as error:

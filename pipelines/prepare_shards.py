@@ -150,7 +150,7 @@ def _lines(told: Sequence[Bad]) -> list[str]:
     return lines
 
 
-def any_colour(reader: Reader, entries: Sequence[Entry]) -> bool:
+def any_colour(reader: Reader, entries: Iterable[Entry]) -> bool:
     for entry in entries:
         image = reader.load(entry).image
         # one that is none is named when it is to be stored, with all others

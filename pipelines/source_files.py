@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any
+from itertools import chain, compress
 
+import numpy as np
+
+from pipelines.columns import Coded, Integers, Keys, Passed, Texts, mapped, pieces
+from pipelines.entries import Entries, checked
 from pipelines.errors import UserError, printable
 from pipelines.labels import labels_of
 from pipelines.source_find import Found, read_object
@@ -19,12 +23,14 @@ from pipelines.sources import (
     Source,
     fingerprint,
     key_of,
-    ordered,
-    state_of,
+    split_suffix,
     warn_passed_over,
 )
 from pipelines.storage import Storage
 from pipelines.verified import counted
+
+# (extension in lower case, name) of each
+Members = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,16 @@ def folder(found: Found, labels: str | None) -> Source:
     folder itself have none. A file that shares its path but for the suffix with an image is a further member
     of that sample. Hidden files are passed over, and so, with a warning that counts them, are all others.
     """
-    known = {name: str(size) for name, size in found.keys.items()}
+    files = found.files
     return collect(
-        "folder", found.name, found.where, known, _FileReader(found.storage), labels, found.versions
+        "folder",
+        found.name,
+        found.where,
+        files.keys,
+        files.sizes,
+        _FileReader(found.storage),
+        labels,
+        files.versions,
     )
 
 
@@ -54,68 +67,121 @@ def collect(
     kind: str,
     name: str,
     where: str,
-    files: Mapping[str, str],
+    names: Texts,
+    contents: Sequence[str] | Integers,
     reader: Reader,
     labels: str | None,
-    versions: Mapping[str, str] | None = None,
+    versions: Texts | None = None,
 ) -> Source:
-    """The source made of these files: names relative to its root, each with what is known of its content, and with
-    its version where that is not all.
+    """The source made of these files: their names relative to its root, sorted, each with what is known of its
+    content, and with its version where that is not all.
     """
     where = printable(where)
-    images = sorted(name for name in files if name.lower().endswith(SUFFIXES) and _stem(name))
-    if not images:
-        found = f"no image among its {counted(len(files), 'file')}" if files else "no file"
+    is_image = np.fromiter(map(_is_image, names), bool, len(names))
+    images = names if is_image.all() else Texts.of(compress(names, is_image))
+    if not len(images):
+        found = f"no image among its {counted(len(names), 'file')}" if len(names) else "no file"
         raise UserError(f"source: {where} holds {found}: images end in {', '.join(SUFFIXES)}")
-    others: dict[str, dict[str, str]] = {_stem(image): {} for image in images}
-    passed_over = []
-    for other in sorted(set(files) - set(images)):
-        extension = PurePosixPath(other).suffix.lower()[1:]
-        if not extension or _stem(other) not in others:
-            passed_over.append(other)
-        elif (first := others[_stem(other)].setdefault(extension, other)) != other:
-            raise UserError(
-                f"source: {where}: {printable(first)} and {printable(other)} would both be the member .{extension} "
-                f"of the sample {key_of(other)!r}: rename one"
-            )
-    warn_passed_over(where, passed_over, "files that are not named like images")
+    members = _further(where, images, compress(names, ~is_image))
     classes, numbers = labels_of(where, images, labels)
-    entries = [
-        Entry(
-            key_of(image), label, f"{where}/{printable(image)}", (image, tuple(others[_stem(image)].items()))
-        )
-        for image, label in zip(images, numbers, strict=True)
-    ]
+    part = _Files(where, images, mapped(images, key_of), members)
+    used = is_image.copy()
+
+    def lines() -> Iterator[str]:
+        """A line for each file that is in a sample, sample by sample."""
+        for row, place in enumerate(pieces(np.flatnonzero(is_image))):
+            image = images[row]
+            yield f"{os.fsencode(image)!r} {contents[place]}"
+            for _, other in part.others(row, image):
+                at = bisect_left(names, other)
+                used[at] = True
+                yield f"{os.fsencode(other)!r} {contents[at]}"
+        for label in chain(classes, pieces(numbers)) if labels else ():
+            yield f"label {label}"
+
+    digest = fingerprint(lines())
+    state = "" if versions is None else _state(names, versions, used)
     return Source(
         kind=kind,
         name=printable(name),
         levels=256,
         classes=classes,
-        entries=ordered(where, entries),
-        fingerprint=fingerprint(_listing(images, others, files, [*classes, *numbers] if labels else [])),
+        entries=checked(where, Entries([part], numbers)),
+        fingerprint=digest,
         reader=reader,
-        state=state_of({name: versions[name] for name in _used(images, others)}) if versions else "",
+        state=state,
     )
 
 
-def _used(images: Iterable[str], others: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    """The names of the files that are in samples, sample by sample."""
-    for image in images:
-        yield image
-        yield from others[_stem(image)].values()
+def _state(names: Texts, versions: Texts, used: Integers) -> str:
+    files = compress(zip(names, versions, strict=True), used)
+    return fingerprint(f"{name!r} {version}" for name, version in files)
 
 
-def _listing(
-    images: list[str],
-    others: Mapping[str, Mapping[str, str]],
-    files: Mapping[str, str],
-    labels: list[Any],
-) -> Iterator[str]:
-    for name in _used(images, others):
-        yield f"{os.fsencode(name)!r} {files[name]}"
-    for label in labels:
-        yield f"label {label}"
+def _further(where: str, images: Texts, others: Iterable[str]) -> Coded[Members]:
+    """The further members of each image, as `_Files` holds them, of the files that are no images."""
+    rest = Texts.of(others)
+    stems = set(map(_stem, rest))
+    stems.intersection_update(map(_stem, images) if stems else ())
+    found: dict[str, dict[str, str]] = {}
+    passed_over = Passed()
+    for other in rest:
+        stem, suffix = split_suffix(other)
+        extension = suffix.lower()[1:]
+        if not extension or stem not in stems:
+            passed_over.append(other)
+        elif (first := found.setdefault(stem, {}).setdefault(extension, other)) != other:
+            raise UserError(
+                f"source: {where}: {printable(first)} and {printable(other)} would both be the member .{extension} "
+                f"of the sample {key_of(other)!r}: rename one"
+            )
+    warn_passed_over(where, passed_over, "files that are not named like images")
+    return Coded.of(
+        tuple((extension, _ending(image, name)) for extension, name in found.get(_stem(image), {}).items())
+        for image in images
+    )
+
+
+def _ending(image: str, name: str) -> str:
+    """What stands in the name of a member in place of the image's suffix, or where that can't be said the name."""
+    suffix = split_suffix(name)[1]
+    return suffix if name == _without_suffix(image) + suffix else name
+
+
+def _without_suffix(image: str) -> str:
+    return image.removesuffix(split_suffix(image)[1])
+
+
+@dataclass(frozen=True)
+class _Files:
+    """`members`: of each image the extensions of the further ones, each with what `_ending` says: most images of a
+    source have the same.
+    """
+
+    where: str
+    images: Texts
+    keys: Keys
+    members: Coded[Members]
+
+    def entry(self, row: int, label: int) -> Entry:
+        image = self.images[row]
+        return Entry(
+            self.keys[row], label, f"{self.where}/{printable(image)}", (image, self.others(row, image))
+        )
+
+    def groups(self) -> Iterator[tuple[str, int]]:
+        yield "", len(self.images)
+
+    def others(self, row: int, image: str) -> Members:
+        """The further members of the image in this row."""
+        stem = _without_suffix(image) if (members := self.members[row]) else ""
+        # a name does not begin with a dot, which would hide it
+        return tuple((kind, f"{stem}{end}" if end.startswith(".") else end) for kind, end in members)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and bool(_stem(name))
 
 
 def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
+    return split_suffix(name)[0]

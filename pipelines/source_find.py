@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 from urllib.parse import unquote_to_bytes, urlsplit
 
+import numpy as np
 from braceexpand import alphabet, braceexpand
 
+from pipelines.columns import Integers, Passed, Texts, TextsBuilder, narrow, pieces
 from pipelines.errors import UserError, one_line, printable
 from pipelines.sources import KINDS, SUFFIXES, tell_hidden, warn_passed_over
 from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
@@ -25,25 +29,63 @@ _SUFFIX_OF_KIND: dict[Kind, str] = {"tar": ".tar", "parquet": ".parquet"}
 _RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?")
 
 
-class _Files(FileStorage):
+class _Paths(FileStorage):
     """Files that a walk of a folder found, whose names may be any bytes and not the Unicode of an object's key."""
 
     def _path(self, key: str) -> Path:
         return self._root / key
 
 
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Files in the order of their keys, with what `ObjectInfo` says of each."""
+
+    keys: Texts
+    sizes: Integers
+    versions: Texts
+
+    @classmethod
+    def of(cls, infos: Iterable[ObjectInfo]) -> Files:
+        keys, sizes, versions = TextsBuilder(), array("Q"), TextsBuilder()
+        for info in infos:
+            keys.append(info.key)
+            sizes.append(info.num_bytes)
+            versions.append(info.version)
+        files = cls(keys.build(), narrow(sizes), versions.build())
+        order = files.keys.order()
+        return files if order is None else files._take(order)
+
+    def select(self, wanted: Callable[[str], object]) -> Files:
+        """Those with such a key."""
+        chosen = np.fromiter((bool(wanted(key)) for key in self.keys), bool, len(self.keys))
+        return self if chosen.all() else self._take(np.flatnonzero(chosen))
+
+    def _take(self, rows: Integers) -> Files:
+        keys, versions = (
+            Texts.of(column[row] for row in pieces(rows)) for column in (self.keys, self.versions)
+        )
+        return Files(keys, self.sizes[rows], versions)
+
+
 @dataclass(frozen=True)
 class Found:
-    """What an address means: `keys` below `storage`, each with its size; `versions`: of each, what changes with its
-    content (`ObjectInfo.version`).
-    """
+    """What an address means: `files` below `storage`."""
 
     kind: Kind
     storage: Storage
-    keys: dict[str, int]
-    versions: dict[str, str]
+    files: Files
     name: str
     where: str
+
+    @cached_property
+    def keys(self) -> dict[str, int]:
+        """The files' keys, each with its size. As `versions` for a source of few files, with many samples each."""
+        return dict(zip(self.files.keys, self.files.sizes.tolist(), strict=True))
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Of each file, what changes with its content (`ObjectInfo.version`)."""
+        return dict(zip(self.files.keys, self.files.versions, strict=True))
 
 
 def local_path(source: str) -> Path:
@@ -82,16 +124,17 @@ def find(source: str) -> Found:
 
 def _find_here(path: Path, where: str) -> Found:
     if path.is_dir():
-        hidden: list[str] = []
-        infos = _stats(path, _walk(path, (), hidden))
+        hidden = Passed()
+        found = _of_kind(
+            _Paths(path), _walk(str(path), "", (), hidden), path.resolve().name or "images", where
+        )
         tell_hidden(where, hidden)
-        return _of_kind(_Files(path), infos, path.resolve().name or "images", where)
+        return found
     if not path.is_file():
         raise UserError(f"source: {where} does not exist: give {KINDS}")
     path = path.absolute()
-    return _found(
-        _kind_of_file(path.name), _Files(path.parent), _stats(path.parent, [path]), path.stem, where
-    )
+    files = Files.of([_info_of(str(path), path.name)])
+    return Found(_kind_of_file(path.name), _Paths(path.parent), files, path.stem, where)
 
 
 def _find_many(path: Path, where: str) -> Found:
@@ -99,21 +142,19 @@ def _find_many(path: Path, where: str) -> Found:
     if missing := next((name for name in names if not Path(name).is_file()), None):
         raise UserError(f"source: {where}: {printable(missing)} does not exist")
     root = Path(os.path.commonpath([str(Path(name).absolute().parent) for name in names]))
-    return _of_kind(_Files(root), _stats(root, (Path(name).absolute() for name in names)), root.name, where)
+    paths = dict.fromkeys(Path(name).absolute() for name in names)
+    infos = (_info_of(str(path), path.relative_to(root).as_posix()) for path in paths)
+    return _of_kind(_Paths(root), infos, root.name, where)
 
 
-def _stats(root: Path, paths: Iterable[Path]) -> dict[str, ObjectInfo]:
-    infos = {}
-    for path in paths:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(
-                f"source: {printable(str(path))}: is a pipe, a socket or a device, and no file that can be read "
-                "again: take it out of the folder"
-            )
-        key = path.relative_to(root).as_posix()
-        infos[key] = ObjectInfo(key, status.st_size, str(status.st_mtime_ns))
-    return infos
+def _info_of(path: str, key: str, status: os.stat_result | None = None) -> ObjectInfo:
+    status = status or os.stat(path)  # noqa: PTH116  a folder may have 10⁸ files
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(
+            f"source: {printable(str(Path(path)))}: is a pipe, a socket or a device, and no file that can be read "
+            "again: take it out of the folder"
+        )
+    return ObjectInfo(key, status.st_size, str(status.st_mtime_ns))
 
 
 def _kind_of_file(name: str) -> Literal["zip", "tar", "parquet"]:
@@ -132,15 +173,27 @@ def _find_on_s3(source: str, where: str) -> Found:
         prefix = os.path.commonpath([name.rpartition("/")[0] for name in names])
         storage = open_storage(f"s3://{bucket}/{prefix}")
         keys = [name.removeprefix(prefix).lstrip("/") for name in names]
-        infos = {key: _info(storage, key) for key in keys}
-        return _of_kind(storage, infos, PurePosixPath(keys[0]).stem, where)
+        named = (_info(storage, key) for key in dict.fromkeys(keys))
+        return _of_kind(storage, named, PurePosixPath(keys[0]).stem, where)
     if len(names) > 1 or names[0].lower().endswith((".zip", ".tgz", ".gz", ".npy", ".npz")):
         raise UserError(f"source: {where}: on S3 a source is .tar or .parquet files, or a prefix")
     storage = open_storage(source)
-    listed = [info for info in storage.list() if not info.key.endswith("/")]
-    infos = {info.key: info for info in listed if not _hidden(info.key)}
-    tell_hidden(where, [info.key for info in listed if info.key not in infos])
-    return _of_kind(storage, infos, PurePosixPath(rest).name or bucket, where)
+    hidden = Passed()
+    infos = _shown(storage.list(), hidden)
+    found = _of_kind(storage, infos, PurePosixPath(rest).name or bucket, where)
+    tell_hidden(where, hidden)
+    return found
+
+
+def _shown(infos: Iterable[ObjectInfo], hidden: Passed) -> Iterator[ObjectInfo]:
+    """Those that are files and not hidden; the hidden ones go to `hidden`."""
+    for info in infos:
+        if info.key.endswith("/"):
+            continue
+        if _hidden(info.key):
+            hidden.append(info.key)
+        else:
+            yield info
 
 
 def _info(storage: Storage, key: str) -> ObjectInfo:
@@ -197,45 +250,49 @@ def _pieces(pattern: str) -> tuple[list[str], list[str]]:
     return [*parts, pattern[start:]], groups
 
 
-def _of_kind(storage: Storage, infos: dict[str, ObjectInfo], name: str, where: str) -> Found:
-    if any(key.lower().endswith(".tar") for key in infos):
+def _ends_in(suffix: str) -> Callable[[str], bool]:
+    return lambda key: key.lower().endswith(suffix)
+
+
+def _of_kind(storage: Storage, infos: Iterable[ObjectInfo], name: str, where: str) -> Found:
+    files = Files.of(infos)
+    if any(key.lower().endswith(".tar") for key in files.keys):
         # beside tars: what a data set of them consists of, as --index-only puts it
-        infos = {key: info for key, info in infos.items() if not _OF_A_DATA_SET.search(key)}
-    if not any(key.lower().endswith(SUFFIXES) for key in infos):
+        files = files.select(lambda key: not _OF_A_DATA_SET.search(key))
+    if not any(key.lower().endswith(SUFFIXES) for key in files.keys):
         for kind, suffix in _SUFFIX_OF_KIND.items():
-            chosen = {key: info for key, info in sorted(infos.items()) if key.lower().endswith(suffix)}
+            chosen = files.select(_ends_in(suffix))
             other = next((s for s in _SUFFIX_OF_KIND.values() if s != suffix), "")
-            if chosen and any(key.lower().endswith(other) for key in infos):
+            if len(chosen.keys) and any(key.lower().endswith(other) for key in files.keys):
                 raise UserError(f"source: {where} holds .tar and .parquet files: give one kind")
-            if chosen:
-                rest = sorted(set(infos) - set(chosen))
+            if len(chosen.keys):
+                rest = Passed()
+                for key in files.keys:
+                    if not key.lower().endswith(suffix):
+                        rest.append(key)
                 warn_passed_over(where, rest, f"files that are not named like {suffix} files")
-                return _found(kind, storage, chosen, name, where)
-    return _found("folder", storage, infos, name, where)
+                return Found(kind, storage, chosen, name, where)
+    return Found("folder", storage, files, name, where)
 
 
-def _found(kind: Kind, storage: Storage, infos: dict[str, ObjectInfo], name: str, where: str) -> Found:
-    sizes = {key: info.num_bytes for key, info in infos.items()}
-    return Found(kind, storage, sizes, {key: info.version for key, info in infos.items()}, name, where)
-
-
-def _walk(folder: Path, above: tuple[tuple[int, int], ...], hidden: list[str]) -> Iterator[Path]:
-    """Every file below `folder`; links to folders are followed, except to one that the link lies in. Hidden files
-    and folders, which are not entered, go to `hidden`.
+def _walk(folder: str, key: str, above: tuple[tuple[int, int], ...], hidden: Passed) -> Iterator[ObjectInfo]:
+    """Every file below `folder`, which has this key with its slash; links to folders are followed, except to one
+    that the link lies in. Hidden files and folders, which are not entered, go to `hidden`.
     """
-    status = folder.stat()
+    status = os.stat(folder)  # noqa: PTH116
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    with os.scandir(folder) as items:
-        for item in sorted(items, key=lambda item: item.name):
-            if item.name.startswith("."):
-                hidden.append(item.path)
-                continue
-            if item.is_dir():
-                yield from _walk(Path(item.path), (*above, here), hidden)
-            else:
-                yield Path(item.path)
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208
+        path = os.path.join(folder, name)  # noqa: PTH118
+        if name.startswith("."):
+            hidden.append(path)
+            continue
+        status = os.stat(path)  # noqa: PTH116
+        if stat.S_ISDIR(status.st_mode):
+            yield from _walk(path, f"{key}{name}/", (*above, here), hidden)
+        else:
+            yield _info_of(path, key + name, status)
 
 
 class Ranged(Protocol):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.columns import Coded, Numbered, pieces
+from pipelines.entries import Entries
 from pipelines.errors import UserError, one_line, printable
-from pipelines.sources import Entry, Loaded, Source, fingerprint, number_labels, ordered
+from pipelines.labels import number_labels
+from pipelines.sources import Entry, Loaded, Source, fingerprint
 
 _IMAGES = ("images", "image", "x", "data", "arr_0")
 _LABELS = ("labels", "label", "y", "arr_1")
@@ -111,32 +115,41 @@ def open_arrays(path: Path, labels: str | None, image: str | None, label: str | 
                 f"source: {where}: array {name!r} has the shape {list(array.shape)}, and there are {count} images"
             )
     _check_names(where, arrays)
-    classes, numbers = number_labels(
-        where, _label_values(where, values, count), name_of=lambda n: f"image {n}"
-    )
+    classes, numbers = number_labels(where, [_labels(where, values, count)], name_of=lambda n: f"image {n}")
     reader = _ArrayReader(path.absolute(), chosen, tuple(sorted(arrays)), {chosen: pixels, **arrays})
     # the whole content, since two arrays of one shape have one size
     digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
     for name in reader.others:
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    width = len(str(count - 1))
     return Source(
         kind="numpy",
         name=printable(path.stem),
         levels=256,
         classes=classes,
-        entries=ordered(
-            where,
-            (
-                Entry(f"image-{number:0{width}d}", class_number, f"{where}[{number}]", number)
-                for number, class_number in enumerate(numbers)
-            ),
-        ),
+        entries=Entries([_Rows(where, count)], numbers),
         fingerprint=fingerprint(
-            [digest.hexdigest(), f"{pixels.shape} {reader.others}", *classes, *map(str, numbers)]
+            chain(
+                [digest.hexdigest(), f"{pixels.shape} {reader.others}", *classes], map(str, pieces(numbers))
+            )
         ),
         reader=reader,
     )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    where: str
+    count: int
+
+    @property
+    def keys(self) -> Numbered:
+        return Numbered("image-", self.count, len(str(self.count - 1)))
+
+    def entry(self, row: int, label: int) -> Entry:
+        return Entry(self.keys[row], label, f"{self.where}[{row}]", row)
+
+    def groups(self) -> Iterator[tuple[str, int]]:
+        yield "", self.count
 
 
 def _check_names(where: str, names: Iterable[str]) -> None:
@@ -165,11 +178,11 @@ def _choose(
     return asked
 
 
-def _label_values(where: str, values: Any, count: int) -> list[Any]:
+def _labels(where: str, values: Any, count: int) -> Coded[Any]:
     if values is None:
-        return [None] * count
+        return Coded((None,), np.zeros(count, np.uint8))
     if values.shape != (count,) or values.dtype.kind not in "iuU":
         raise UserError(
             f"source: {where}: labels must be integers or texts [{count}], got {values.dtype} {list(values.shape)}"
         )
-    return list(values.tolist())
+    return Coded.of(pieces(values))

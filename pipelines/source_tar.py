@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from array import array
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from pipelines.columns import Coded, CodedBuilder, Integers, Keys, Passed, TextsBuilder, mapped, narrow
+from pipelines.duplicates import repeated
+from pipelines.entries import Entries, checked
 from pipelines.errors import UserError, printable
+from pipelines.labels import number_labels
 from pipelines.source_find import Found, Ranged, read_range
 from pipelines.sources import (
     IMAGE_EXTENSIONS,
@@ -16,14 +24,12 @@ from pipelines.sources import (
     Loaded,
     Source,
     fingerprint,
-    number_labels,
-    ordered,
     sample_key,
     state_of,
     warn_passed_over,
 )
 from pipelines.storage import Storage
-from pipelines.tars import TarError, TarSample, buffered, samples, walk
+from pipelines.tars import TarError, TarSample, buffered, comes_back, grouped, walk
 
 if TYPE_CHECKING:
     from pipelines.prepare_shards import Workers
@@ -36,16 +42,47 @@ _SCANS_AT_ONCE = 8
 _MAX_GAP_BYTES = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Listed:
-    """One tar of a source: its key and size, its samples in order, and the label of each (None for none)."""
+    """One tar of a source: its key and size, and of its samples in order `names` (their keys in the tar), `keys`
+    (in the data set), `images` (the image's extension), `labels` (None for none) and their members: `ends` says how
+    many there are up to each sample's last one, and `extensions`, `offsets` and `sizes` are of all members.
+    """
 
     key: str
     num_bytes: int
-    samples: tuple[TarSample, ...]
-    labels: tuple[str | None, ...]
-    images: tuple[str, ...]
-    passed_over: tuple[str, ...]
+    names: Keys
+    keys: Keys
+    images: Coded[str]
+    labels: Coded[str | None]
+    ends: Integers
+    extensions: Coded[str]
+    offsets: Integers
+    sizes: Integers
+    passed_over: Passed
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, row: int) -> tuple[tuple[str, int, int], ...]:
+        """Those of one sample, as `TarSample` has them."""
+        start, stop = (int(self.ends[row - 1]) if row else 0), int(self.ends[row])
+        return tuple(
+            (self.extensions[n], int(self.offsets[n]), int(self.sizes[n])) for n in range(start, stop)
+        )
+
+    def without(self, extension: str) -> Listed:
+        """As if no sample had such a member."""
+        if extension not in self.extensions.values:
+            return self
+        stays = self.extensions.codes != self.extensions.values.index(extension)
+        return replace(
+            self,
+            ends=narrow(np.cumsum(stays)[self.ends.astype(np.int64) - 1]),
+            extensions=Coded(self.extensions.values, self.extensions.codes[stays]),
+            offsets=self.offsets[stays],
+            sizes=self.sizes[stays],
+        )
 
 
 def list_tar(
@@ -54,16 +91,42 @@ def list_tar(
     """The samples of one tar, each with its image's extension. Raises `UserError` naming tar and member."""
     where = printable(f"{storage.uri}/{key}")
     read = buffered(lambda start, length: read_range(storage, key, where, start, length), num_bytes)
-    found, labels, images = [], [], []
-    passed_over: list[str] = []
+    builder = TextsBuilder()
+    images, labels, extensions = CodedBuilder[str](), CodedBuilder[str | None](), CodedBuilder[str]()
+    ends, offsets, sizes = array("Q"), array("Q"), array("Q")
+    passed_over = Passed()
+    mistake: TarError | None = None
     try:
-        for sample in samples(walk(read, num_bytes), passed_over):
+        for sample in grouped(walk(read, num_bytes), passed_over.append):
+            builder.append(sample.key)
             images.append(image_of(sample, image))
             labels.append(_label_of(sample, label, read))
-            found.append(sample)
+            for extension, offset, size in sample.members:
+                extensions.append(extension)
+                offsets.append(offset)
+                sizes.append(size)
+            ends.append(len(offsets))
     except TarError as error:
-        raise UserError(f"source: {where}: {error}") from None
-    return Listed(key, num_bytes, tuple(found), tuple(labels), tuple(images), tuple(passed_over))
+        mistake = error
+    names = builder.build()
+    # a sample in two places lacks something in one of them, which is the lesser mistake
+    if again := sorted(repeated(names).values(), key=lambda rows: rows[1])[:1]:
+        mistake = comes_back(names[again[0][0]])
+    if mistake is not None:
+        raise UserError(f"source: {where}: {mistake}") from None
+    return Listed(
+        key,
+        num_bytes,
+        names,
+        mapped(names, sample_key),
+        images.build(),
+        labels.build(),
+        narrow(ends),
+        extensions.build(),
+        narrow(offsets),
+        narrow(sizes),
+        passed_over,
+    )
 
 
 def image_of(sample: TarSample, image: str | None = None) -> str:
@@ -118,64 +181,79 @@ class _TarReader:
         return Loaded(bodies.pop(image), bodies)
 
 
+@dataclass(frozen=True, eq=False)
+class _Tar:
+    """What is needed of one tar to make its entries."""
+
+    uri: str
+    listed: Listed
+
+    @property
+    def keys(self) -> Keys:
+        return self.listed.keys
+
+    def entry(self, row: int, label: int) -> Entry:
+        tar = self.listed
+        name = printable(f"{self.uri}/{tar.key}/{tar.names[row]}")
+        return Entry(tar.keys[row], label, name, (tar.key, tar.images[row], tar.members(row)))
+
+    def groups(self) -> Iterator[tuple[str, int]]:
+        yield "", len(self.listed)
+
+
 def open_tars(found: Found, image: str | None, label: str | None, workers: Workers | None = None) -> Source:
     """The samples of these tars; the label is the member `.cls`, and is not carried as another member. `workers`
     read through the tars, a task each.
     """
     storage, where = found.storage, found.where
-    scan = partial(_list, storage, image, label)
-    tasks = list(found.keys.items())
-    if workers is not None:
-        by_key = {listed.key: listed for _, listed in workers(scan, tasks)}
-        listed = [by_key[key] for key in found.keys]
-    else:
-        with ThreadPoolExecutor(_SCANS_AT_ONCE) as pool:
-            listed = list(pool.map(scan, tasks))
-    warn_passed_over(
-        where, [name for tar in listed for name in tar.passed_over], "members that are no sample's"
-    )
-    places = [(tar, number) for tar in listed for number in range(len(tar.samples))]
-    classes, numbers = number_labels(
-        where,
-        [tar.labels[number] for tar, number in places],
-        name_of=lambda place: _name(storage, *places[place]),
-    )
-    wanted = label or LABEL_EXTENSION
-    entries = [
-        Entry(
-            sample_key(tar.samples[number].key),
-            class_number,
-            _name(storage, tar, number),
-            (
-                tar.key,
-                tar.images[number],
-                tuple(member for member in tar.samples[number].members if member[0] != wanted),
-            ),
-        )
-        for (tar, number), class_number in zip(places, numbers, strict=True)
-    ]
+    tars, labels, passed_over = list[_Tar](), list[Coded[str | None]](), Passed()
+
+    def lines() -> Iterator[str]:
+        with contextlib.closing(_listed(found, image, label, workers)) as listing:
+            for tar in listing:
+                yield f"{tar.key!r} {tar.num_bytes}"
+                for row, (name, text) in enumerate(zip(tar.names, tar.labels, strict=True)):
+                    yield f"{name!r} {tar.members(row)!r} {text!r}"
+                passed_over.add(tar.passed_over.count, tar.passed_over.first)
+                labels.append(tar.labels)
+                tars.append(_Tar(storage.uri, tar.without(label or LABEL_EXTENSION)))
+
+    digest = fingerprint(lines())
+    warn_passed_over(where, passed_over, "members that are no sample's")
+    entries = Entries(tars)
+    classes, numbers = number_labels(where, labels, name_of=lambda row: entries[row].name)
     return Source(
         kind="tar",
         name=printable(found.name),
         levels=256,
         classes=classes,
-        entries=ordered(where, entries),
-        fingerprint=fingerprint(_listing(listed)),
+        entries=checked(where, entries.with_labels(numbers)),
+        fingerprint=digest,
         reader=_TarReader(storage),
         state=state_of(found.versions),
     )
 
 
+def _listed(
+    found: Found, image: str | None, label: str | None, workers: Workers | None
+) -> Generator[Listed, None, None]:
+    """The tars in their order; what comes out of it is held until its turn."""
+    scan = partial(_list, found.storage, image, label)
+    tasks = list(found.keys.items())
+    if workers is None:
+        with ThreadPoolExecutor(_SCANS_AT_ONCE) as pool:
+            yield from pool.map(scan, tasks)
+        return
+    ahead: dict[str, Listed] = {}
+    left = iter(found.keys)
+    turn = next(left, None)
+    with contextlib.closing(workers(scan, tasks)) as made:
+        for _, tar in made:
+            ahead[tar.key] = tar
+            while turn in ahead:
+                yield ahead.pop(turn)
+                turn = next(left, None)
+
+
 def _list(storage: Storage, image: str | None, label: str | None, task: tuple[str, int]) -> Listed:
     return list_tar(storage, *task, image, label)
-
-
-def _name(storage: Storage, tar: Listed, number: int) -> str:
-    return printable(f"{storage.uri}/{tar.key}/{tar.samples[number].key}")
-
-
-def _listing(listed: Iterable[Listed]) -> Iterator[str]:
-    for tar in listed:
-        yield f"{tar.key!r} {tar.num_bytes}"
-        for sample, label in zip(tar.samples, tar.labels, strict=True):
-            yield f"{sample.key!r} {sample.members!r} {label!r}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipelines.columns import Passed, Texts
 from pipelines.errors import UserError, one_line, printable
 from pipelines.source_files import collect
 from pipelines.sources import KINDS, Entry, Loaded, Source, tell_hidden
@@ -51,17 +52,21 @@ def open_zip(path: Path, labels: str | None) -> Source:
             f"source: {printable(str(path))} is neither a folder nor a readable zip ({one_line(error, 120)}): give "
             f"{KINDS}"
         ) from None
-    hidden: list[str] = []
+    hidden = Passed()
     members = _members(path, archive, hidden)
     tell_hidden(printable(str(path)), hidden)
     # most zips hold one folder with everything in it, which is no class
     tops = {name.partition("/")[0] for name in members}
     prefix = f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in members) else ""
-    known = {name.removeprefix(prefix): f"{info.file_size}/{info.CRC:08x}" for name, info in members.items()}
-    return collect("zip", path.stem, str(path), known, _ZipReader(path.absolute(), prefix, archive), labels)
+    known = sorted(
+        (name.removeprefix(prefix), f"{info.file_size}/{info.CRC:08x}") for name, info in members.items()
+    )
+    names = Texts.of(name for name, _ in known)
+    reader = _ZipReader(path.absolute(), prefix, archive)
+    return collect("zip", path.stem, str(path), names, [content for _, content in known], reader, labels)
 
 
-def _members(path: Path, archive: zipfile.ZipFile, hidden: list[str]) -> dict[str, zipfile.ZipInfo]:
+def _members(path: Path, archive: zipfile.ZipFile, hidden: Passed) -> dict[str, zipfile.ZipInfo]:
     """The files in a zip by their names; hidden ones and those that macOS adds go to `hidden`."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():

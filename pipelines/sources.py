@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.columns import Numbered, Passed, narrow
+from pipelines.entries import Entries, Entry
 from pipelines.errors import UserError, printable
 from pipelines.images import encode_png
 
 if TYPE_CHECKING:
     from pipelines.prepare_shards import Workers
 
-__all__ = ["Entry", "Loaded", "Source", "key_of", "open_source", "printable"]
+__all__ = ["Entries", "Entry", "Loaded", "Source", "key_of", "open_source", "printable"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +32,12 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "webp", "gif", "tif", "tiff", "
 SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # a plain tar header holds names of 100 bytes, and ".png" follows the key
 _MAX_KEY_BYTES = 96
-_MAX_CLASSES = 2**20
+# what pathlib normalises, or takes for no suffix
+_UNUSUAL = re.compile(r"^$|^\.?/|//|/\./|[/.]$")
 KINDS = (
     "a folder of images or of .tar or .parquet files, a .zip, .tar, .parquet, .npy or .npz file, "
     f"the like below s3://BUCKET/PREFIX, or {DIGITS!r}"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One image of a source: `key` it gets in the data set, `label` (−1 for none), `name` by which it is
-    known, `place` by which its source's reader finds it, `group` what is read as a whole to get at it (nothing
-    where it can be read alone).
-    """
-
-    key: str
-    label: int
-    name: str
-    place: Any = None
-    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,8 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """`kind`: "digits", "folder", "zip", "tar", "parquet" or "numpy". `entries`: sorted by key, keys unique.
+    """`kind`: "digits", "folder", "zip", "tar", "parquet" or "numpy". `entries`: in the source's order, keys
+    unique.
     `fingerprint`: a hash over what the entries are (names, sizes, places, labels; a zip's CRCs), by which a
     second preparation knows its source again. `state`: a hash over what further shows a change of content (the
     files' times of change, the objects' ETags), which a copy may not share; empty where the fingerprint is of the
@@ -83,7 +72,7 @@ class Source:
     name: str
     levels: int
     classes: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    entries: Entries
     fingerprint: str
     reader: Reader
     state: str = ""
@@ -168,92 +157,37 @@ class _DigitReader:
         return np.rint(load_digits().images * 255.0 / (DIGIT_LEVELS - 1)).astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class _Digits:
+    count: int
+
+    @property
+    def keys(self) -> Numbered:
+        return Numbered("digit-", self.count, 4)
+
+    def entry(self, row: int, label: int) -> Entry:
+        return Entry(self.keys[row], label, f"digit {row}", row)
+
+    def groups(self) -> Iterator[tuple[str, int]]:
+        yield "", self.count
+
+
 def _digits() -> Source:
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
     reader = _DigitReader()
-    entries = tuple(
-        Entry(f"digit-{number:04d}", int(label), f"digit {number}", number)
-        for number, label in enumerate(bundle.target)
-    )
     return Source(
         kind=DIGITS,
         name=DIGITS,
         levels=DIGIT_LEVELS,
         classes=tuple(str(name) for name in bundle.target_names),
-        entries=entries,
+        entries=Entries([_Digits(len(bundle.target))], narrow(bundle.target)),
         fingerprint=hashlib.sha256(
             reader._values.tobytes() + bundle.target.astype("<i8").tobytes()
         ).hexdigest(),
         reader=reader,
     )
-
-
-def number_labels(
-    where: str,
-    labels: Sequence[str | int | None],
-    names: Sequence[str] | None = None,
-    name_of: Any = str,
-) -> tuple[tuple[str, ...], list[int]]:
-    """The classes of these labels, and each label as the number of its class (−1 where there is no label).
-
-    Numbers (also as text) stay as they are, and their classes are `names` or "0", "1", …; texts are numbered
-    in their order. `name_of(place)` says which one is at fault. Raises `UserError` if only some have a label
-    (None, or the number −1), if a number has no class, or if one number is written in two ways.
-    """
-    known = [None if value in (None, -1, "-1") else value for value in labels]
-    absent = sum(value is None for value in known)
-    if absent == len(known):
-        return (), [-1] * len(known)
-    if absent:
-        raise UserError(
-            f"source: {where}: {absent} of {len(known)} images such as {name_of(known.index(None))} have no "
-            "label: give all of them one, or none"
-        )
-    texts = [str(value) for value in known]
-    if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in texts):
-        wrong = next(
-            (n for n, value in enumerate(known) if isinstance(value, int) and not 0 <= value < _MAX_CLASSES),
-            None,
-        )
-        if wrong is not None:
-            raise UserError(
-                f"source: {where}: {name_of(wrong)} has the label {texts[wrong]}, which is no class"
-            )
-        classes = sorted(set(texts))
-        numbers = {name: number for number, name in enumerate(classes)}
-        return tuple(printable(name) for name in classes), [numbers[text] for text in texts]
-    values = [int(text) for text in texts]
-    spelt: dict[int, int] = {}
-    for place, value in enumerate(values):
-        if texts[spelt.setdefault(value, place)] != texts[place]:
-            raise UserError(
-                f"source: {where}: {name_of(spelt[value])} has the label {texts[spelt[value]]}, and "
-                f"{name_of(place)} {texts[place]}, which would both be the class {value}: write it one way"
-            )
-    largest = max(values)
-    if largest >= (_MAX_CLASSES if names is None else len(names)):
-        known_classes = (
-            f"the source names {len(names)} classes" if names is not None else "is no class's number"
-        )
-        raise UserError(
-            f"source: {where}: {name_of(values.index(largest))} has the label {largest}: {known_classes}"
-        )
-    return tuple(printable(name) for name in names or map(str, range(largest + 1))), values
-
-
-def ordered(where: str, entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """The entries by key; `UserError` if two share one."""
-    result = sorted(entries, key=lambda entry: entry.key)
-    for one, two in pairwise(result):
-        if one.key == two.key:
-            raise UserError(
-                f"source: {one.name} and {two.name} would both be the sample {one.key!r}: rename one"
-            )
-    if not result:
-        raise UserError(f"source: {where} holds no image")
-    return tuple(result)
 
 
 def fingerprint(lines: Iterable[str]) -> str:
@@ -269,27 +203,37 @@ def state_of(versions: Mapping[str, str]) -> str:
     return fingerprint(f"{name!r} {versions[name]}" for name in sorted(versions))
 
 
-def warn_passed_over(where: str, names: Sequence[str], what: str) -> None:
-    if names:
+def warn_passed_over(where: str, passed: Passed, what: str) -> None:
+    if passed.count:
         logger.warning(
-            "%s: passed over %d %s, such as %s", where, len(names), what, printable(sorted(names)[0])
+            "%s: passed over %d %s, such as %s", where, passed.count, what, printable(passed.first)
         )
 
 
-def tell_hidden(where: str, names: Sequence[str]) -> None:
+def tell_hidden(where: str, hidden: Passed) -> None:
     """Of what is left out on purpose, so that whoever misses a file finds out why."""
-    if names:
+    if hidden.count:
         logger.info(
             "%s: %d hidden, and not looked at (a name begins with '.' or __MACOSX), such as %s",
             where,
-            len(names),
-            printable(min(names)),
+            hidden.count,
+            printable(hidden.first),
         )
 
 
 def key_of(path: str) -> str:
     """The sample key of an image's relative path: the path without its suffix, as `sample_key` spells it."""
-    return sample_key(str(PurePosixPath(path).with_suffix("")))
+    return sample_key(split_suffix(path)[0])
+
+
+def split_suffix(path: str) -> tuple[str, str]:
+    """The path without its suffix, as `PurePosixPath(path).with_suffix("")` gives it; and the suffix."""
+    if _UNUSUAL.search(path):
+        found = PurePosixPath(path)
+        return str(found.with_suffix("")), found.suffix
+    # a source may have 10⁸ files
+    at = path.rfind(".", path.rfind("/") + 2)
+    return (path, "") if at < 0 else (path[:at], path[at:])
 
 
 def sample_key(name: str) -> str:

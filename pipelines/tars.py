@@ -160,24 +160,34 @@ def samples(members: Iterable[Member], passed_over: list[str]) -> Iterator[TarSa
     `TarError` where a key comes back after another, or one has two members of one extension.
     """
     seen: set[str] = set()
+    for sample in grouped(members, passed_over.append):
+        if sample.key in seen:
+            raise comes_back(sample.key)
+        seen.add(sample.key)
+        yield sample
+
+
+def comes_back(key: str) -> TarError:
+    """What is wrong with a tar in which a sample's files do not follow each other."""
+    return TarError(
+        f"the files of its sample {printable(key)!r} do not stand together: to WebDataset those behind files of "
+        "other samples are a second sample of this name; write the tar again with all files of a sample one after "
+        "the other (as GNU tar's --sort=name does), under another name if they are two samples"
+    )
+
+
+def grouped(members: Iterable[Member], pass_over: Callable[[str], None]) -> Iterator[TarSample]:
+    """As `samples`, but that no key is held to see whether it comes back."""
     key, found = "", list[tuple[str, int, int]]()
     for member in members:
         match = _SAMPLE_NAME.fullmatch(member.name)
         if match is None or _META_NAME.match(member.name):
-            passed_over.append(member.name)
+            pass_over(member.name)
             continue
         if match[1] != key:
             if found:
                 yield TarSample(key, tuple(found))
             key, found = match[1], []
-            if key in seen:
-                raise TarError(
-                    f"the files of its sample {printable(key)!r} do not stand together: {printable(member.name)!r} "
-                    "comes behind files of other samples, and to WebDataset that is a second sample of this name; "
-                    "write the tar again with all files of a sample one after the other (as GNU tar's --sort=name "
-                    "does), under another name if they are two samples"
-                )
-            seen.add(key)
         # a sample has few of them, and a source many samples
         extension = sys.intern(match[2].lower())
         if any(extension == other for other, _, _ in found):

@@ -22,7 +22,7 @@ _SAMPLES = 200_000
 _FILES = 20
 
 
-def _tars(root: Path, count: int) -> None:
+def put_tars(root: Path, count: int) -> None:
     for number in range(_FILES):
         with tarfile.open(root / f"a-{number:05d}.tar", "w") as tar:
             for sample in range(count // _FILES):
@@ -32,19 +32,19 @@ def _tars(root: Path, count: int) -> None:
                     tar.addfile(info, io.BytesIO(body))
 
 
-def _folder(root: Path, count: int) -> None:
+def put_folder(root: Path, count: int) -> None:
     for number in range(10):
         (root / f"class-{number}").mkdir()
         for sample in range(count // 10):
             (root / f"class-{number}" / f"some-image-{sample:09d}.png").touch()
 
 
-def _parquet(root: Path, count: int) -> None:
+def put_parquet(root: Path, count: int) -> None:
     table = pa.table({"image": [b"image"] * count, "label": [7] * count})
     pq.write_table(table, root / "a.parquet", row_group_size=1000)
 
 
-_KINDS = {"tar": _tars, "folder": _folder, "parquet": _parquet}
+_KINDS = {"tar": put_tars, "folder": put_folder, "parquet": put_parquet}
 
 
 def _resident_bytes() -> int:

@@ -6,7 +6,8 @@ import io
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.columns import Texts
 from pipelines.dataset import FORMAT, RECORD_KEY, SHARDS_KEY, VERSION, Dataset, Shard, shards_to_parquet
+from pipelines.entries import Entries, Entry
 from pipelines.images import encode_png
 from pipelines.shards import PackedShard, Sample, pack, sha256
 from pipelines.storage import ObjectInfo, Storage, open_storage
@@ -84,6 +87,28 @@ def dataset_of(
     starts = np.cumsum([0, *counts])
     train = [packed(images[a:b], int(a)) for a, b in pairwise(starts)]
     return put_dataset(uri, {"train": train, "test": [packed(images[:3])]}, shape), images
+
+
+@dataclass(frozen=True)
+class _Given:
+    entries: Sequence[Entry]
+
+    @property
+    def keys(self) -> Texts:
+        return Texts.of(entry.key for entry in self.entries)
+
+    def entry(self, row: int, label: int) -> Entry:
+        return self.entries[row]
+
+    def groups(self) -> Iterator[tuple[str, int]]:
+        return ((entry.group, 1) for entry in self.entries)
+
+
+def entries_of(entries: Sequence[Entry], parts: int = 1) -> Entries:
+    """A source's entries as given, held in so many parts."""
+    cuts = [number * len(entries) // parts for number in range(parts + 1)]
+    labels = np.array([entry.label for entry in entries], np.int64)
+    return Entries([_Given(entries[a:b]) for a, b in pairwise(cuts)], labels)
 
 
 class WatchedStorage:

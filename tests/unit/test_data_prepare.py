@@ -29,7 +29,7 @@ from pipelines.shards import Sample, pack, parse_index, sha256
 from pipelines.sources import Entry, open_source
 from pipelines.storage import FileStorage, Storage, StorageError, open_storage
 from pipelines.verify_dataset import verify_dataset
-from tests.support.data import WatchedStorage, image_bytes, random_images, write_image
+from tests.support.data import WatchedStorage, entries_of, image_bytes, random_images, write_image
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +143,27 @@ def test_a_sample_stays_in_its_split_when_others_come() -> None:
     entries = [Entry(f"key-{number}", -1, "") for number in range(300)]
 
     def held_out(some: list[Entry]) -> set[str]:
-        return {e.key for plan in plan_shards(some, 0, 0.2) if plan.split == "test" for e in plan.entries}
+        return {
+            e.key
+            for plan in plan_shards(entries_of(some), 0, 0.2)
+            if plan.split == "test"
+            for e in plan.entries
+        }
 
     few = held_out(entries[:150])
     assert few == held_out(entries) & {entry.key for entry in entries[:150]}
     assert held_out(entries) != {
-        e.key for plan in plan_shards(entries, 1, 0.2) if plan.split == "test" for e in plan.entries
+        e.key
+        for plan in plan_shards(entries_of(entries), 1, 0.2)
+        if plan.split == "test"
+        for e in plan.entries
     }
 
 
 @pytest.mark.parametrize("options", [{"shard_count": 7}, {"samples_per_shard": 13}, {"shard_count": 1}, {}])
 def test_the_plan_places_every_sample_once(options: dict[str, int]) -> None:
     entries = [Entry(f"key-{number}", -1, "") for number in range(300)]
-    plans = plan_shards(entries, 0, 0.1, **options)
+    plans = plan_shards(entries_of(entries), 0, 0.1, **options)
     placed = Counter(entry.key for plan in plans for entry in plan.entries)
     assert placed == Counter(entry.key for entry in entries)
     assert len({plan.key for plan in plans}) == len(plans)

@@ -15,11 +15,13 @@ import pytest
 from braceexpand import braceexpand
 
 from pipelines import source_tar, source_zip
+from pipelines.columns import Coded
 from pipelines.errors import UserError
 from pipelines.images import encode_png
+from pipelines.labels import number_labels
 from pipelines.prepare import prepare
 from pipelines.source_find import _count
-from pipelines.sources import number_labels, open_source
+from pipelines.sources import open_source
 from tests.support.data import random_images
 from tests.unit.test_data_source_tar import tar_of
 from tests.unit.test_data_workers import Elsewhere
@@ -98,13 +100,19 @@ def test_a_member_that_would_take_the_images_place_is_named_with_what_to_do(tmp_
 # ---- labels
 
 
+def numbered(*labels: str | int | None) -> tuple[tuple[str, ...], list[int]]:
+    columns = [Coded.of(labels[:1]), Coded.of(labels[1:])]
+    classes, numbers = number_labels("x", columns, name_of=lambda n: f"image {n}")
+    return classes, numbers.tolist()
+
+
 def test_one_number_in_two_spellings_is_no_class() -> None:
     with pytest.raises(UserError, match=r"image 1 has the label 7, and image 3 007, .* the class 7"):
-        number_labels("x", ["1", "7", "2", "007"], name_of=lambda n: f"image {n}")
-    assert number_labels("x", ["007", "001", "007"])[1] == [7, 1, 7]
-    assert number_labels("x", [3, "3"])[1] == [3, 3]
+        numbered("1", "7", "2", "007")
+    assert numbered("007", "001", "007")[1] == [7, 1, 7]
+    assert numbered(3, "3")[1] == [3, 3]
     # names of classes may be what they like
-    assert number_labels("x", ["7", "007", "seven"])[0] == ("007", "7", "seven")
+    assert numbered("7", "007", "seven")[0] == ("007", "7", "seven")
 
 
 # ---- addresses
@@ -231,10 +239,11 @@ def test_workers_read_through_tars_to_the_same_source(tmp_path: Path) -> None:
     for number in range(5):
         members = {f"{number}-{n}.png": PNGS[n] for n in range(4)}
         put(tmp_path / "in", {f"{number}.tar": tar_of(members)})
-    workers = Elsewhere(3)
+    workers = Elsewhere(4)
     here, there = open_source(str(tmp_path / "in")), open_source(str(tmp_path / "in"), workers=workers)
     assert workers.largest > 0
-    assert here.entries == there.entries
+    assert list(here.entries) == list(there.entries)
+    assert [entry.key for entry in there.entries] == [f"{n}-{k}" for n in range(5) for k in range(4)]
     assert (here.fingerprint, here.state) == (there.fingerprint, there.state)
 
 

@@ -219,7 +219,7 @@ def test_samples_that_end_early_are_refused_where_others_lose_them(tmp_path: Pat
         (
             {"0.png": b"x", "1.png": b"x", "0.txt": b"x"},
             {},
-            "sample '0' do not stand together: '0.txt' comes behind",
+            "sample '0' do not stand together: to WebDataset",
         ),
         ({"0.png": b"x", "0.cls": b"1", "1.png": b"x"}, {}, "1 of 2 images such as"),
         ({"0.png": b"x", "0.cls": b"-2", "1.png": b"x", "1.cls": b"1"}, {}, ""),

@@ -21,7 +21,7 @@ from pipelines.prepare_plan import plan_shards
 from pipelines.shards import Sample, pack
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, StorageError, open_storage
-from tests.support.data import WatchedStorage, random_images, write_image
+from tests.support.data import WatchedStorage, entries_of, random_images, write_image
 
 cloudpickle = pytest.importorskip("ray.cloudpickle")
 IMAGES = random_images(60, (1, 10, 8))
@@ -160,7 +160,7 @@ def test_what_a_task_is_given_does_not_grow_with_the_source() -> None:
     entries = [
         Entry(f"key-{n:07d}", n % 10, f"where/key-{n:07d}.png", (f"{n}.png", ())) for n in range(50_000)
     ]
-    plans = plan_shards(entries, 0, 0.1)
+    plans = plan_shards(entries_of(entries), 0, 0.1)
     assert sum(len(plan.entries) for plan in plans) == 50_000
     assert max(len(cloudpickle.dumps(plan)) for plan in plans) < 200_000
 
