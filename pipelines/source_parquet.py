@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain
-from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.cache import WeightedLRU
 from pipelines.columns import (
     Coded,
-    CodedBuilder,
-    Integers,
-    Keys,
-    Numbered,
-    TextsBuilder,
     mapped,
-    narrow,
-    pieces,
 )
 from pipelines.entries import Entries, checked
 from pipelines.errors import UserError, one_line, printable
 from pipelines.labels import number_labels
-from pipelines.source_find import Found, read_range
+from pipelines.parquet_rows import KEY, Footer, Rows, listing, open_file, small_columns
+from pipelines.source_find import Found
 from pipelines.sources import Entry, Loaded, Source, fingerprint, sample_key, state_of
 from pipelines.storage import Storage
 
@@ -40,52 +28,10 @@ logger = logging.getLogger(__name__)
 
 _IMAGE = "image"
 _LABEL = "label"
-_KEY = "__key__"
 _CAPTIONS = ("caption", "text", "txt")
 _INDEX_OF_PANDAS = re.compile(r"__index_level_\d+__")
-_ROWS_AT_ONCE = 2**14
 _CACHE_BYTES = 256 * 2**20
 _LARGE_GROUP_BYTES = 2**30
-
-
-class _Ranges(io.RawIOBase):
-    """An object of a storage as a file that PyArrow reads pieces of."""
-
-    def __init__(self, storage: Storage, key: str, name: str, num_bytes: int) -> None:
-        super().__init__()
-        self._object = storage, key, name
-        self._num_bytes = num_bytes
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._num_bytes)[whence]
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self._num_bytes - self._at, 0)
-        length = left if size is None or size < 0 else min(size, left)
-        data = read_range(*self._object, self._at, length) if length else b""
-        self._at += length
-        return data
-
-
-def _open(storage: Storage, key: str, num_bytes: int) -> pq.ParquetFile:
-    where = printable(f"{storage.uri}/{key}")
-    try:
-        return pq.ParquetFile(
-            pa.PythonFile(_Ranges(storage, key, where, num_bytes), mode="r"), pre_buffer=False
-        )
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"source: {where}: is no readable Parquet file ({one_line(error, 120)})") from None
 
 
 @dataclass
@@ -123,7 +69,7 @@ class _ParquetReader:
         where = printable(f"{self.storage.uri}/{key}")
         columns = [self.image, *(column for column, _ in self.others)]
         try:
-            return _open(self.storage, key, self.sizes[key]).read_row_group(
+            return open_file(self.storage, key, self.sizes[key]).read_row_group(
                 group, columns=columns, use_threads=False
             )
         except (pa.ArrowException, OSError) as error:
@@ -155,23 +101,23 @@ def open_parquet(found: Found, image: str | None, label: str | None) -> Source:
     files = []
     schema: pa.Schema = None
     for key, num_bytes in found.keys.items():
-        file = _open(storage, key, num_bytes)
+        file = open_file(storage, key, num_bytes)
         schema = file.schema_arrow if schema is None else schema
         if not file.schema_arrow.equals(schema):
             raise UserError(
                 f"source: {where}: {printable(key)} has other columns than {printable(next(iter(found.keys)))}: "
                 f"{', '.join(map(str, file.schema_arrow.names))}"
             )
-        files.append(_Footer.of(key, num_bytes, file.metadata))
+        files.append(Footer.of(key, num_bytes, file.metadata))
     image, label = _columns(where, schema, image, label)
-    used = {image, _KEY, *([label] if label else [])}
+    used = {image, KEY, *([label] if label else [])}
     _warn_of_large_groups(where, files)
     reader = _ParquetReader(storage, dict(found.keys), image, _extensions(where, schema, used))
     parts = []
     labels: list[Coded[Any]] = []
     for footer in files:
-        names, own_labels = _small_columns(storage, where, footer, label, _KEY in schema.names)
-        parts.append(_Rows(storage.uri, footer, names, mapped(names, sample_key)))
+        names, own_labels = small_columns(storage, where, footer, label, KEY in schema.names)
+        parts.append(Rows(storage.uri, footer, names, mapped(names, sample_key)))
         labels.append(own_labels)
     entries = Entries(parts)
     classes, numbers = number_labels(
@@ -183,100 +129,13 @@ def open_parquet(found: Found, image: str | None, label: str | None) -> Source:
         levels=256,
         classes=classes,
         entries=checked(where, entries.with_labels(numbers)),
-        fingerprint=fingerprint(_listing(parts, numbers)),
+        fingerprint=fingerprint(listing(parts, numbers)),
         reader=reader,
         state=state_of(found.versions),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Footer:
-    """What is needed of a file's footer, which itself is large: `rows` and `sizes` (in bytes) of its row groups."""
-
-    key: str
-    num_bytes: int
-    rows: Integers
-    sizes: Integers
-
-    @classmethod
-    def of(cls, key: str, num_bytes: int, footer: pq.FileMetaData) -> _Footer:
-        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-        rows, sizes = ([group.num_rows for group in groups], [group.total_byte_size for group in groups])
-        return cls(key, num_bytes, narrow(rows), narrow(sizes))
-
-    @property
-    def count(self) -> int:
-        return int(self.rows.sum())
-
-
-def _small_columns(
-    storage: Storage, where: str, footer: _Footer, label: str | None, has_keys: bool
-) -> tuple[Keys, Coded[Any]]:
-    """The samples' names of a file, and their labels."""
-    numbered = Numbered(f"{PurePosixPath(footer.key).with_suffix('')}/", footer.count, 8)
-    small = [*([label] if label else []), *([_KEY] if has_keys else [])]
-    if not small:
-        return numbered, Coded((None,), np.zeros(footer.count, np.uint8))
-    names, labels = TextsBuilder(), CodedBuilder[Any]()
-    file = _open(storage, footer.key, footer.num_bytes)
-    for group in range(len(footer.rows)):
-        try:
-            table = file.read_row_group(group, columns=small, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"source: {where}: {printable(footer.key)} can't be read ({one_line(error, 120)})"
-            ) from None
-        for piece in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-            for value in piece[label].to_pylist() if label else [None] * len(piece):
-                labels.append(value)
-            for name in piece[_KEY].to_pylist() if has_keys else ():
-                if not isinstance(name, str) or not name:
-                    raise UserError(
-                        f"source: {where}: {printable(footer.key)}: column {_KEY!r} has an empty field"
-                    )
-                names.append(name)
-    return names.build() if has_keys else numbered, labels.build()
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The samples of one file. `names`: as they are there; `keys`: as they are in the data set."""
-
-    uri: str
-    footer: _Footer
-    names: Keys
-    keys: Keys
-
-    def entry(self, row: int, label: int) -> Entry:
-        key = self.footer.key
-        group = int(np.searchsorted(self._stops, row, side="right"))
-        inside = row - (int(self._stops[group - 1]) if group else 0)
-        return Entry(
-            self.keys[row],
-            label,
-            printable(f"{self.uri}/{key} row {inside} of row group {group}"),
-            (key, group, inside),
-            self._group(group),
-        )
-
-    def groups(self) -> Iterator[tuple[str, int]]:
-        for group, rows in enumerate(pieces(self.footer.rows)):
-            yield self._group(group), rows
-
-    def _group(self, number: int) -> str:
-        # a file's name may be any bytes, and the plan hashes text
-        return _text(f"{self.footer.key}/{number}")
-
-    @cached_property
-    def _stops(self) -> Integers:
-        return narrow(np.cumsum(self.footer.rows, dtype=np.int64))
-
-
-def _text(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _warn_of_large_groups(where: str, files: list[_Footer]) -> None:
+def _warn_of_large_groups(where: str, files: list[Footer]) -> None:
     largest = max((int(file.sizes.max()) for file in files if len(file.sizes)), default=0)
     if largest > _LARGE_GROUP_BYTES:
         logger.warning(
@@ -351,12 +210,3 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None
-
-
-def _listing(parts: list[_Rows], numbers: Integers) -> Iterator[str]:
-    for part in parts:
-        footer = part.footer
-        yield f"{footer.key!r} {footer.count} {footer.sizes.tolist()}"
-    names = chain.from_iterable(part.names for part in parts)
-    for name, number in zip(names, pieces(numbers), strict=True):
-        yield f"{name!r} {number}"

@@ -1,42 +1,51 @@
 """Memory a sample that `ddpm prepare` takes in its driver: python -m tests.bench.plan_memory [SAMPLES]
 
-Each kind of source in a process of its own: 200,000 tiny samples with a label and names of 30 letters, listed and
-planned, no image read. Printed is what the process grew by, at its end and at its peak, over that number.
+Each kind of source in a process of its own: tiny samples with a label and names of 30 letters, listed and planned,
+no image made; with --index-only the tars are read and indexed. Printed is what a process with SAMPLES (800,000) of
+them has at its peak more than one with a quarter of that, over the difference in samples: what a process takes for
+its programs and its buffers, whatever it reads, counts for nothing.
 """
 
 from __future__ import annotations
 
-import gc
 import io
-import resource
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_SAMPLES = 200_000
-_FILES = 20
+_SAMPLES = 800_000
+_SAMPLES_A_TAR = 5_000
 
 
-def put_tars(root: Path, count: int) -> None:
-    for number in range(_FILES):
+def put_tars(root: Path, count: int, image: bytes = b"image") -> None:
+    for number in range(-(-count // _SAMPLES_A_TAR)):
         with tarfile.open(root / f"a-{number:05d}.tar", "w") as tar:
-            for sample in range(count // _FILES):
-                for extension, body in (("png", b"image"), ("cls", b"7")):
-                    info = tarfile.TarInfo(f"some/folder/key-{number:02d}-{sample:09d}.{extension}")
+            for sample in range(min(_SAMPLES_A_TAR, count - number * _SAMPLES_A_TAR)):
+                for extension, body in (("png", image), ("cls", b"7")):
+                    info = tarfile.TarInfo(f"folder/key-{number:05d}-{sample:013d}.{extension}")
                     info.size = len(body)
                     tar.addfile(info, io.BytesIO(body))
+
+
+def put_images_in_tars(root: Path, count: int) -> None:
+    import numpy as np
+
+    from pipelines.images import encode_png
+
+    put_tars(root, count, encode_png(np.zeros((1, 2, 2), np.uint8)))
 
 
 def put_folder(root: Path, count: int) -> None:
     for number in range(10):
         (root / f"class-{number}").mkdir()
         for sample in range(count // 10):
-            (root / f"class-{number}" / f"some-image-{sample:09d}.png").touch()
+            (root / f"class-{number}" / f"some-image-{sample:011d}.png").touch()
 
 
 def put_parquet(root: Path, count: int) -> None:
@@ -44,40 +53,57 @@ def put_parquet(root: Path, count: int) -> None:
     pq.write_table(table, root / "a.parquet", row_group_size=1000)
 
 
-_KINDS = {"tar": put_tars, "folder": put_folder, "parquet": put_parquet}
+def put_keyed_parquet(root: Path, count: int) -> None:
+    keys = [f"some/folder/key-{number:014d}" for number in range(count)]
+    table = pa.table({"image": [b"image"] * count, "label": ["owl", "bee"] * (count // 2), "__key__": keys})
+    pq.write_table(table, root / "a.parquet", row_group_size=1000)
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _measure(root: str, count: int) -> None:
-    from pipelines import source_files, source_parquet, source_tar  # noqa: F401  imports are no samples
+def _plan(root: str) -> object:
     from pipelines.prepare_plan import plan_shards
     from pipelines.sources import open_source
 
-    gc.collect()
-    before = _resident_bytes()
-    plans = plan_shards(open_source(root).entries, 0, 0.1)
-    gc.collect()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = sum(len(plan.entries) for plan in plans)
-    print(
-        f"{(_resident_bytes() - before) / found:.0f} bytes a sample, {(peak - before) / found:.0f} at the peak"
-    )
-    assert found == count
+    return plan_shards(open_source(root).entries, 0, 0.1)
+
+
+def _index(root: str) -> object:
+    from pipelines.index_only import index_tars
+
+    with tempfile.TemporaryDirectory() as out:
+        return index_tars(root, out)
+
+
+_KINDS: dict[str, tuple[Callable[[Path, int], None], Callable[[str], object]]] = {
+    "tar": (put_tars, _plan),
+    "parquet": (put_parquet, _plan),
+    "parquet with keys": (put_keyed_parquet, _plan),
+    "folder": (put_folder, _plan),
+    "tar, --index-only": (put_images_in_tars, _index),
+}
+
+
+def _measure(kind: str, root: str) -> None:
+    _KINDS[kind][1](root)
+    # not getrusage, whose peak is also that of the process that started this one
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) * 1024)
+
+
+def _peak_bytes(kind: str, count: int) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        _KINDS[kind][0](Path(folder), count)
+        command = [sys.executable, "-m", "tests.bench.plan_memory", kind, folder]
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main() -> None:
     if len(sys.argv) == 3:
-        _measure(sys.argv[1], int(sys.argv[2]))
+        _measure(sys.argv[1], sys.argv[2])
         return
     count = int(sys.argv[1]) if len(sys.argv) == 2 else _SAMPLES
-    for kind, make in _KINDS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), count)
-            print(kind, end=": ", flush=True)
-            subprocess.run([sys.executable, "-m", "tests.bench.plan_memory", folder, str(count)], check=True)
+    for kind in _KINDS:
+        growth = _peak_bytes(kind, count) - _peak_bytes(kind, count // 4)
+        print(f"{kind}: {growth / (count - count // 4):.0f} bytes a sample", flush=True)
 
 
 if __name__ == "__main__":

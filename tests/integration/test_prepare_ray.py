@@ -19,8 +19,11 @@ from infra.local import Stack
 from pipelines import prepare_ray
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
+from pipelines.images import encode_png
 from pipelines.prepare import prepare
 from pipelines.prepare_ray import PreparingStopped, RayWorkers
+from pipelines.shards import Sample, pack
+from pipelines.sources import open_source
 from pipelines.storage import StorageError, open_storage
 from tests.support.data import random_images, write_image
 from tests.support.jobs import ddpm, one_line_mistake, succeeded
@@ -138,6 +141,28 @@ def test_a_task_is_done_again_when_its_process_dies_and_not_for_ever(tmp_path: P
     with pytest.raises(StorageError, match=r"object 0: no answer"):
         list(RayWorkers(2)(partial(_storage_fails, tmp_path), [0]))
     assert (tmp_path / "calls").read_text() == "..."
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_tasks_give_back_does_not_stay_in_the_cluster() -> None:
+    """What is in the cluster's shared memory can't be written to."""
+    ((_, numbers),) = RayWorkers(0)(np.zeros, [10**6])
+    assert numbers.flags.writeable
+    assert numbers.nbytes == 8 * 10**6
+
+
+@pytest.mark.usefixtures("cluster")
+def test_tars_are_listed_by_the_cluster_as_here(tmp_path: Path) -> None:
+    for tar in range(6):
+        samples = [
+            Sample(f"größe.{tar}/{n:04d}", encode_png(random_images(1)[0]), n % 3, {"txt": b"x" * n})
+            for n in range(400)
+        ]
+        (tmp_path / f"{tar}.tar").write_bytes(pack(samples).tar)
+    here, there = (open_source(str(tmp_path), workers=workers) for workers in (None, RayWorkers(0)))
+    assert list(here.entries) == list(there.entries)
+    assert len(there.entries) == 2400
+    assert (here.fingerprint, here.state, here.classes) == (there.fingerprint, there.state, there.classes)
 
 
 @pytest.mark.usefixtures("cluster")

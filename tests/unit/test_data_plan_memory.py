@@ -2,64 +2,68 @@
 
 from __future__ import annotations
 
-import gc
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipelines import tars
+from pipelines.index_only import index_tars
 from pipelines.prepare_plan import plan_shards
 from pipelines.sources import open_source
-from tests.bench.plan_memory import put_folder, put_parquet, put_tars
+from tests.bench import plan_memory
+from tests.bench.plan_memory import (
+    put_folder,
+    put_images_in_tars,
+    put_keyed_parquet,
+    put_parquet,
+    put_tars,
+)
 
 SAMPLES = 20_000
 
 
-@contextmanager
-def counted(seen: dict[str, float]) -> Iterator[None]:
-    """Bytes a sample that were allocated in the block and are there still, and at the most."""
-    gc.collect()
+def peak_bytes(work: Callable[[], Any]) -> tuple[Any, int]:
     tracemalloc.start()
     try:
-        yield
-        gc.collect()
-        seen["end"], seen["peak"] = (found / SAMPLES for found in tracemalloc.get_traced_memory())
+        return work(), tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-def put_keyed_parquet(root: Path, count: int) -> None:
-    keys = [f"some/folder/key-{number:012d}" for number in range(count)]
-    table = pa.table({"image": [b"image"] * count, "label": ["owl", "bee"] * (count // 2), "__key__": keys})
-    pq.write_table(table, root / "a.parquet", row_group_size=1000)
-
-
 @pytest.mark.parametrize(
-    ("put", "end", "peak"),
-    [
-        (put_tars, 70, 110),
-        (put_parquet, 20, 60),
-        (put_keyed_parquet, 50, 100),
-        (put_folder, 300, 800),
-    ],
+    ("put", "bound"),
+    # of these, names of 30 letters and as many bytes again for duplicates and the order; a file's twice
+    [(put_tars, 100), (put_parquet, 45), (put_keyed_parquet, 95), (put_folder, 190)],
 )
 def test_a_plan_takes_few_bytes_a_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[[Path, int], None], end: float, peak: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[[Path, int], None], bound: int
 ) -> None:
-    put(tmp_path, SAMPLES)
-    # what is read ahead of a tar is no more for more samples
+    # what is held of the tars that are being read is no more for more samples
     monkeypatch.setattr(tars, "_CHUNK_BYTES", 4096)
-    # what is imported and cached is no sample
-    plan_shards(open_source(str(tmp_path)).entries, 0, 0.1)
-    seen: dict[str, float] = {}
-    with counted(seen):
-        plan = plan_shards(open_source(str(tmp_path)).entries, 0, 0.1)
+    monkeypatch.setattr(plan_memory, "_SAMPLES_A_TAR", 500)
+    put(tmp_path, SAMPLES)
+
+    def work() -> Any:
+        return plan_shards(open_source(str(tmp_path)).entries, 0, 0.1)
+
+    work()  # what is imported and cached is no sample
+    plan, peak = peak_bytes(work)
     assert sum(samples for samples, _ in plan.counts.values()) == SAMPLES
-    print(put.__name__, seen)
-    assert seen["end"] < end
-    assert seen["peak"] < peak
+    assert peak / SAMPLES < bound
+
+
+def test_index_only_takes_few_bytes_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(plan_memory, "_SAMPLES_A_TAR", 500)
+    (tmp_path / "in").mkdir()
+    put_images_in_tars(tmp_path / "in", SAMPLES)
+    source = f"{tmp_path}/in/a-{{00000..00003}}.tar"
+    index_tars(source, str(tmp_path / "first"))
+    few = peak_bytes(lambda: index_tars(source, str(tmp_path / "few")))[1]
+    dataset, many = peak_bytes(lambda: index_tars(str(tmp_path / "in"), str(tmp_path / "many")))
+    assert dataset.count("train") + dataset.count("test") == SAMPLES
+    # one tar is read after the other, whole
+    assert (many - few) / (SAMPLES - 4 * 500) < 75

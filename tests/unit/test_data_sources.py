@@ -15,10 +15,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from pipelines.columns import Texts
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png
 from pipelines.shards import Sample, pack
-from pipelines.sources import key_of, open_source, sample_key
+from pipelines.source_files import collect
+from pipelines.sources import _DigitReader, key_of, open_source, sample_key
 from tests.support.data import image_bytes, random_images, write_image
 
 IMAGE = random_images(1)[0][0]
@@ -249,3 +251,13 @@ def test_a_zip_with_one_name_twice_is_refused(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("a.png", b"2")
     assert "two members named 'a.png'" in refusal(tmp_path / "a.zip")
+
+
+def test_members_are_found_by_whatever_name_they_have_on_s3() -> None:
+    names = ["a//b.png", "a//c.png", "a//c.x.txt", "a//d.png", "a//d.txt", "a/b.txt"]
+    source = collect("folder", "x", "x", Texts.of(names), ["1"] * 6, _DigitReader(), None, Texts.of(names))
+    assert {entry.key: entry.place for entry in source.entries} == {
+        "a/b": ("a//b.png", (("txt", "a/b.txt"),)),
+        "a/c": ("a//c.png", ()),
+        "a/d": ("a//d.png", (("txt", "a//d.txt"),)),
+    }
