@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from itertools import chain, compress
 
 import numpy as np
 
-from pipelines.columns import Coded, Integers, Keys, Passed, Texts, mapped, pieces
+from pipelines.columns import Coded, Integers, Keys, Passed, Texts, mapped, narrow, pieces
+from pipelines.duplicates import hashes_of
 from pipelines.entries import Entries, checked
 from pipelines.errors import UserError, printable
 from pipelines.labels import labels_of
@@ -121,25 +123,45 @@ def _state(names: Texts, versions: Texts, used: Integers) -> str:
 def _further(where: str, images: Texts, others: Iterable[str]) -> Coded[Members]:
     """The further members of each image, as `_Files` holds them, of the files that are no images."""
     rest = Texts.of(others)
-    stems = set(map(_stem, rest))
-    stems.intersection_update(map(_stem, images) if stems else ())
-    found: dict[str, dict[str, str]] = {}
-    passed_over = Passed()
-    for other in rest:
-        stem, suffix = split_suffix(other)
-        extension = suffix.lower()[1:]
-        if not extension or stem not in stems:
-            passed_over.append(other)
-        elif (first := found.setdefault(stem, {}).setdefault(extension, other)) != other:
-            raise UserError(
-                f"source: {where}: {printable(first)} and {printable(other)} would both be the member .{extension} "
-                f"of the sample {key_of(other)!r}: rename one"
-            )
+    rows, passed_over = _matched(images, rest)
+
+    def members() -> Iterator[Members]:
+        at = 0
+        for row, image in enumerate(images):
+            found: dict[str, str] = {}
+            while at < len(rows) and rows[at, 0] == row:
+                other = rest[rows[at, 1]]
+                extension = split_suffix(other)[1].lower()[1:]
+                if (first := found.setdefault(extension, other)) != other:
+                    raise UserError(
+                        f"source: {where}: {printable(first)} and {printable(other)} would both be the member "
+                        f".{extension} of the sample {key_of(other)!r}: rename one"
+                    )
+                at += 1
+            yield tuple((extension, _ending(image, name)) for extension, name in found.items())
+
+    made = Coded.of(members())
     warn_passed_over(where, passed_over, "files that are not named like images")
-    return Coded.of(
-        tuple((extension, _ending(image, name)) for extension, name in found.get(_stem(image), {}).items())
-        for image in images
-    )
+    return made
+
+
+def _matched(images: Texts, rest: Texts) -> tuple[Integers, Passed]:
+    """Rows of images, each with one of `rest` that has its stem, in order; and what has that of no image."""
+    hashes = hashes_of(map(_stem, images), len(images)) if len(rest) else np.zeros(0, np.int64)
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    wanted = hashes_of(map(_stem, rest), len(rest))
+    starts, stops = (narrow(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))
+    of_images, of_rest, passed_over = array("Q"), array("Q"), Passed()
+    for row, (other, start, stop) in enumerate(zip(rest, pieces(starts), pieces(stops), strict=True)):
+        stem, suffix = split_suffix(other)
+        found = [at for at in order[start:stop].tolist() if suffix and _stem(images[at]) == stem]
+        of_images.extend(found)
+        of_rest.extend([row] * len(found))
+        if not found:
+            passed_over.append(other)
+    pairs = np.stack([narrow(of_images), narrow(of_rest)], axis=1)
+    return pairs[np.argsort(pairs[:, 0], kind="stable")], passed_over
 
 
 def _ending(image: str, name: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipelines import duplicates
 from pipelines.sources import Source, open_source
 from tests.unit.test_data_source_tar import tar_of
 from tests.unit.test_data_sources import put_zip
@@ -76,8 +78,12 @@ def source_of(kind: str, root: Path) -> Source:
     return open_source(str(root / "in"), labels=None if table is None else str(table), label=label)
 
 
+@pytest.mark.parametrize("hashed", [hash, lambda value: 0])
 @pytest.mark.parametrize("kind", VALUES)
-def test_a_source_is_known_again(tmp_path: Path, kind: str) -> None:
+def test_a_source_is_known_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, hashed: Callable[[object], int]
+) -> None:
+    monkeypatch.setattr(duplicates, "_hash", hashed)
     source = source_of(kind, tmp_path)
     digest = hashlib.sha256(f"{source.fingerprint} {source.state} {source.classes}\n".encode())
     for entry in sorted(source.entries, key=lambda entry: entry.key):

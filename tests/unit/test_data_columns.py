@@ -14,6 +14,7 @@ from pipelines import columns
 from pipelines.columns import Coded, Joined, Numbered, Passed, Texts, mapped, narrow
 from pipelines.entries import Entry
 from pipelines.sources import split_suffix
+from pipelines.tars import TarError, checked_name
 from tests.support.data import entries_of
 
 # names of files may be any bytes
@@ -98,6 +99,18 @@ def test_a_path_is_split_as_pathlib_does(parts: list[str], slash: bool) -> None:
         return
     expected = str(PurePosixPath(path).with_suffix("")), PurePosixPath(path).suffix
     assert split_suffix(path) == expected
+
+
+@settings(max_examples=500)
+@given(parts=parts, slash=st.booleans())
+def test_a_members_name_is_checked_as_by_pathlib(parts: list[str], slash: bool) -> None:
+    name = "/" * slash + "/".join(parts)
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        with pytest.raises(TarError, match=r"points outside of it"):
+            checked_name(name)
+    else:
+        assert checked_name(name) == str(path)
 
 
 @given(
