@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"warning: {warning}")
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0
-    known_whole = done >= config.train.steps
-    if known_whole:
+    looked_at = done >= config.train.steps
+    if looked_at:
         # before it is called done: a checkpoint's name says nothing of its objects, and if they are damaged,
         # this is the command that trains the steps again
         whole = Checkpoints(run.storage).newest_whole()
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_tracking()
     start = f", from the checkpoint of step {done}" if done else ""
     # a worker reads it whole, and tells of the one that it goes on from
-    unless = "" if known_whole or not done else " unless it is damaged"
+    unless = "" if looked_at or not done else " unless it is damaged"
     print(f"run {run.name}: to step {config.train.steps}{start}{unless}; {run.storage.uri}")
     if arguments.local:
         import torch

@@ -226,7 +226,9 @@ def _png_header(height: int, width: int, channels: int) -> bytes:
 
 
 def _one_chunk(data: bytes) -> bytes:
-    """The same of the plainest file, which has one IDAT chunk between its first and its last; else empty."""
+    """What `_compressed` gives of the plainest file, which has one IDAT chunk between its first and its last; else
+    empty.
+    """
     if data[_HEADER_BYTES + 4 : _HEADER_BYTES + 8] != b"IDAT":
         return b""
     found = data[_HEADER_BYTES + 8 : -len(_PNG_END) - 4]

@@ -39,14 +39,17 @@ class Handover(Generic[Item]):
 
     def get(self) -> Item:
         """Wait for the next one. Raises `StopIteration` where all is closed."""
-        item = _END if self.closed else self._things.get()
+        try:
+            item = _END if self.closed else self._things.get()
+        finally:
+            # also where a signal comes in between: one more ahead is better than a producer that waits for ever
+            self._places.put(None)
         if isinstance(item, _End):
             raise StopIteration
-        self._places.put(None)
         return item
 
     def close(self) -> None:
-        """Let nobody wait any more."""
+        """Let neither of the two wait any more."""
         self.closed = True
         self._places.put(None)
         self._things.put(_END)

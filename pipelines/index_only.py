@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.columns import Integers, Passed, pieces
@@ -31,6 +32,9 @@ from pipelines.sources import fingerprint, state_of, warn_passed_over
 from pipelines.storage import Storage, StorageError, open_storage
 
 log = logging.getLogger(__name__)
+
+# what makes the bytes of an index, see `prepare_commit.claim`
+_LIBRARIES = f"PyArrow {pa.__version__}"
 
 
 def index_tars(
@@ -94,7 +98,7 @@ def index_tars(
         if left := [info.key for info in storage.list(SCANS)]:
             storage.delete(left)  # of one that was killed when all was done
         return existing
-    claim(storage, options, state, take=False)
+    claim(storage, options, state, _LIBRARIES, take=False)
     scans = Scans(storage, image, label)
     try:
         scanned = _scan_all(found, scans, scan, progress, workers)
@@ -104,7 +108,7 @@ def index_tars(
         if not isinstance(error, StorageError) and error.exit_code == UserError.exit_code:
             storage.delete(map(scans.key_of, found.keys))
         raise
-    claim(storage, options, state)
+    claim(storage, options, state, _LIBRARIES)
     rows = []
     for shard, index in made.shards():
         storage.put(shard.index_key, index)

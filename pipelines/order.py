@@ -98,8 +98,8 @@ class Order:
             raise ValueError(f"stream: must be 0..{big_m - 1}, got {stream!r}")
         if p.size and (p.min() < 0 or int(p.max()) * big_m + big_m + n > _MAX_PLACE):
             raise ValueError(f"positions: must be 0..{(_MAX_PLACE - n) // big_m - 1}")
-        epoch = ((p + 1) * big_m - 1 - m) // n
-        place = self._start(m, epoch) + p - (epoch * n + m) // big_m
+        epoch = self._epoch(m, p)
+        place = self._start(m, epoch) + p - self._begun(m, epoch)
         shard = np.empty_like(p)
         row = np.empty_like(p)
         for e in np.unique(epoch):
@@ -154,11 +154,11 @@ class Order:
             yield epoch, shard, first, first + count
             start += count
 
-    def _begun(self, m: int, epoch: int) -> int:
+    def _begun(self, m: int, epoch: Whole) -> Whole:
         """C_m(epoch): the position at which stream m begins this epoch."""
         return (epoch * self.num_samples + m) // self.num_streams
 
-    def _epoch(self, m: int, position: int) -> int:
+    def _epoch(self, m: int, position: Whole) -> Whole:
         return ((position + 1) * self.num_streams - 1 - m) // self.num_samples
 
     def _start(self, m: int, epoch: Whole) -> Whole:
@@ -169,7 +169,6 @@ class Order:
         """Σ_{j<m} ⌊(a+j)/M⌋: with a = q·M + r, those j with r + j ≥ M count one more than q."""
         quotient, rest = a // self.num_streams, a % self.num_streams
         over = rest + m - self.num_streams
-        # max(0, over), of a number or an array
         return m * quotient + over * (over > 0)
 
     def _line(self, epoch: int) -> tuple[Int64Array, Int64Array]:

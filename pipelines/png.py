@@ -12,7 +12,7 @@ import io
 import struct
 import zlib
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -29,6 +29,14 @@ _COLOUR_TYPE = {1: 0, 3: 2}
 _MODE = {1: "L", 3: "RGB"}
 _IDAT_CRC = zlib.crc32(b"IDAT")
 _END = b"\0\0\0\0IEND\xaeB`\x82"
+# what Pillow is built with: one compresses, the others unpack sources
+_LIBRARIES = {
+    "zlib-ng": "zlib_ng",
+    "zlib": "zlib",
+    "libjpeg-turbo": "libjpeg_turbo",
+    "libwebp": "webp",
+    "libtiff": "libtiff",
+}
 # pixels that lie in one image together: they stay in a core's cache
 _PIXELS_TOGETHER = 2**16
 
@@ -57,13 +65,16 @@ def encode_pngs(images: NDArray[np.uint8], encoder: PngEncoder = "pillow") -> li
 @lru_cache(maxsize=2)
 def libraries(encoder: PngEncoder = "pillow") -> str:
     """The libraries, with their versions, that decide beside pixels and settings which bytes an image becomes."""
-    zlib_ng = features.version("zlib_ng")
-    parts = [
-        f"Pillow {version('Pillow')}",
-        f"zlib-ng {zlib_ng}" if zlib_ng else f"zlib {features.version('zlib')}",
-    ]
-    parts += [f"libjpeg {features.version('jpg')}", f"PyArrow {version('pyarrow')}"]
-    return ", ".join([*parts, f"fpng {version('fpng')}"] if encoder == "fpng" else parts)
+    parts = [f"Pillow {version('Pillow')}"]
+    for name, feature in _LIBRARIES.items():
+        parts.append(f"{name} {features.version(feature) or 'none'}")
+    parts.append(f"PyArrow {version('pyarrow')}")
+    if encoder == "fpng":
+        try:
+            parts.append(f"fpng {version('fpng')}")
+        except PackageNotFoundError:
+            parts.append("no fpng")
+    return ", ".join(parts)
 
 
 def _channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

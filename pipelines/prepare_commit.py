@@ -103,7 +103,7 @@ def claim(
             storage, {name: claimed[name] for name in claimed if name not in (_STATE, _LIBRARIES)}, options
         )
         _check_state(storage, claimed, state, "delete all that lies there, to begin anew")
-        theirs = claimed.get(_LIBRARIES, libraries)  # claims of earlier versions name none
+        theirs = claimed.get(_LIBRARIES) or libraries  # claims of earlier versions name none
         if libraries and theirs != libraries and not storage.exists(RECORD_KEY):
             raise UserError(
                 f"{storage.uri}: was begun with {printable(str(theirs))}, and here are {libraries}, which may make "
@@ -111,8 +111,10 @@ def claim(
                 "it, delete all that lies there"
             )
     except (ValueError, TypeError, RecursionError):
+        # what no claim belongs to any more is in the way of everybody, but of a whole set
+        what = "it" if storage.exists(RECORD_KEY) else "all that lies there, if nobody works on it"
         raise UserError(
-            f"{storage.uri}/{CLAIM_KEY}: is damaged: delete it, or choose another --out"
+            f"{storage.uri}/{CLAIM_KEY}: is damaged: delete {what}, or choose another --out"
         ) from None
 
 

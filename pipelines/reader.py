@@ -163,11 +163,20 @@ class StreamBatches:
             raise self._error
         if self._left <= 0:
             raise StopIteration
-        item = self._read.get()
-        if isinstance(item, BaseException):
-            self._error = item
-            raise item
-        self._left -= 1
+        item: list[MicroBatch] | BaseException | None = None
+        try:
+            item = self._read.get()
+            if isinstance(item, BaseException):
+                raise item
+            self._left -= 1
+        except StopIteration:
+            raise
+        except BaseException as error:
+            # whether a step was taken out when a signal came in between is not known
+            self._error = (
+                error if error is item else DataError("reading was interrupted: read again from a step")
+            )
+            raise
         return item
 
     def close(self) -> None:
@@ -215,9 +224,9 @@ class _Plan:
         pieces = list(self.order.pieces(stream, first, first + self.micro_batch_size))
         channels, height, width = self.shape
         images = self.buffers.tensor((self.micro_batch_size, height, width, channels))
-        label, weight = self._gather(pieces, images.numpy())
-        if self.stages is not None:
-            keys = [key for piece in pieces for key in self.reader.keys_of(piece.shard, piece.rows)]
+        keys = None if self.stages is None else [""] * self.micro_batch_size
+        label, weight = self._gather(pieces, images.numpy(), keys)
+        if self.stages is not None and keys is not None:
             self.stages.apply(keys, index.numpy(), images.numpy(), label, weight)
         self._look_ahead(stream, first + self.micro_batch_size - 1, pieces[-1].shard)
         if self.flip:
@@ -245,20 +254,26 @@ class _Plan:
         return images.permute(0, 3, 1, 2) if self.channels_last else images
 
     def _gather(
-        self, pieces: Sequence[Piece], images: NDArray[np.uint8]
+        self, pieces: Sequence[Piece], images: NDArray[np.uint8], keys: list[str] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The samples into `images`, in their order. Returns their labels and weights."""
+        """The samples into `images`, in their order. Returns their labels and weights; their keys go into `keys`,
+        where it is a list.
+        """
         label = np.empty(len(images), dtype=np.int64)
         weight = np.ones(len(images), dtype=np.float32)
-        first = 0
-        for piece in pieces:
-            last = first + len(piece.rows)
-            label[first:last], bad = self.reader.read_into(piece.shard, piece.rows, images[first:last])
+        first = np.cumsum([0, *(len(piece.rows) for piece in pieces)]).tolist()
+        turn = {piece.shard: number for number, piece in reversed(list(enumerate(pieces)))}
+        # pieces of one shard, which epochs put apart, in one go: it may be gone when others have been read
+        for start, piece in sorted(
+            zip(first, pieces, strict=False), key=lambda placed: turn[placed[1].shard]
+        ):
+            here = slice(start, start + len(piece.rows))
+            label[here], bad = self.reader.read_into(piece.shard, piece.rows, images[here])
             if bad:
-                rows = [sample.row for sample in bad]
-                weight[first:last][np.isin(piece.rows, rows)] = 0
+                weight[here][np.isin(piece.rows, [sample.row for sample in bad])] = 0
                 self.bad.add(bad)
-            first = last
+            if keys is not None:
+                keys[here] = self.reader.keys_of(piece.shard, piece.rows)
         return label, weight
 
     def _ahead(self, stream: int, position: int, limit: int) -> list[int]:

@@ -59,7 +59,7 @@ PACE = Pace()
 # larger pieces are memory that is new every time
 _MOST_AT_ONCE = 2**18
 # a server may say what it likes of the length of what it sends
-_MOST_TRUSTED = 2**28
+_MOST_TRUSTED = 2**26
 
 
 def read_steadily(read1: Callable[[int], bytes], expected: int = 0, pace: Pace | None = None) -> bytes:

@@ -87,7 +87,7 @@ def _find(label: str, config: StageConfig) -> Callable[..., Any]:
     module_name, _, name = config.name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # a user's module may fail in every way
         raise UserError(f"{label}: {module_name} cannot be imported ({_told(error)})") from error
     if not hasattr(module, name):
@@ -101,9 +101,10 @@ def _find(label: str, config: StageConfig) -> Callable[..., Any]:
 def check_travelling(configs: Sequence[StageConfig]) -> list[str]:
     """What can be known here of stages that another machine will load.
 
-    Raises `UserError` like `load_stages` for those whose code travels (`code_of`); a factory is not called, but its
-    parameters must take the `args`. Returns a line for each that can't be looked at here, since it, or what it
-    imports, must be installed on the cluster.
+    Raises `UserError` like `load_stages` for those whose code travels (`code_of`), where it would fail everywhere:
+    a module of it that is missing or has no such name, what is no callable, `args` that its parameters don't take.
+    A factory is not called. Returns a line for each that can't be looked at here: it, or what it needs when it is
+    imported, may be there on the cluster alone.
     """
     code = code_of(configs)
     notes = []
@@ -117,11 +118,14 @@ def check_travelling(configs: Sequence[StageConfig]) -> list[str]:
         try:
             _check_args(label, _find(label, config), config.args)
         except UserError as error:
-            missing = error.__cause__
-            name = (missing.name or "") if isinstance(missing, ModuleNotFoundError) else ""
-            if not name or name.partition(".")[0] in code:
+            reason = error.__cause__
+            if reason is None or isinstance(reason, SyntaxError):
                 raise
-            notes.append(f"{label}: imports {name}, which is not here; it must be installed on the cluster")
+            name = (reason.name or "") if isinstance(reason, ModuleNotFoundError) else ""
+            if name and name.partition(".")[0] in code:
+                raise
+            what = f"{label}: imports {name}, which is not here; it" if name else f"{error}; what it needs"
+            notes.append(f"{what} must be installed on the cluster")
     return notes
 
 
@@ -280,6 +284,6 @@ def _error(stage: LoadedStage, batch: _Batch, place: int, reason: str) -> StageE
     return batch.error
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     said = one_line(error, 160)
     return said if said == type(error).__name__ else f"{type(error).__name__}: {said}"

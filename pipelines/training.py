@@ -27,7 +27,7 @@ from pipelines.compiled import compile_training
 from pipelines.conditioning import network_labels
 from pipelines.config import Config
 from pipelines.config_sections import OptimizerConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, one_line
 from pipelines.precision import Autocast
 from pipelines.world import World
 
@@ -294,7 +294,7 @@ class Learner:
         return State(step, groups)
 
     def load(self, state: State) -> None:
-        """Go back to a saved state; raises `CheckpointError` where it is another network's."""
+        """Go back to a saved state; raises `CheckpointError` where it is another network's, or not finite."""
         try:
             self.model.load_state_dict(state.groups["weights"])
             self.ema.load(state.groups["ema"])
@@ -316,7 +316,12 @@ class Learner:
                 for name, parameter in self._parameters.items()
                 if state.step > 0
             }
-        except (RuntimeError, KeyError, ValueError):
+        except (RuntimeError, KeyError, ValueError) as error:
+            if isinstance(error, ValueError) and "finite" in str(error):
+                raise CheckpointError(
+                    f"the checkpoint at step {state.step} holds numbers that are not finite, so that training "
+                    f"diverged before it: delete it, to go on from an earlier one ({one_line(error, 120)})"
+                ) from None
             raise CheckpointError(
                 f"the checkpoint at step {state.step} holds another network than model describes"
             ) from None

@@ -247,7 +247,7 @@ def _size(digits: str) -> int:
 
 
 def _body(response: urllib3.BaseHTTPResponse, expected: int | None) -> bytes:
-    data = read_steadily(lambda most: response.read1(most, decode_content=False))
+    data = read_steadily(lambda most: response.read1(most, decode_content=False), expected or 0)
     if expected is not None and len(data) != expected:
         raise TryAgain(f"could not be read whole: {len(data)} of {expected} bytes came")
     return data

@@ -86,6 +86,27 @@ def test_tars_below_the_data_set_move_with_it(tmp_path: Path) -> None:
     assert images_of(moved) == EXPECTED
 
 
+def test_indexes_of_another_pyarrow_are_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars, out = str(put_tars(tmp_path / "in")), str(tmp_path / "out")
+
+    def killed(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.index_only.commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            index_tars(tars, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.index_only._LIBRARIES", "PyArrow 1.0")
+        with pytest.raises(
+            UserError, match=r"was begun with PyArrow .*, and here are PyArrow 1\.0, which may"
+        ):
+            index_tars(tars, out)
+    assert verify(index_tars(tars, out)).problems == ()
+
+
 def test_workers_and_a_second_call_give_the_same(tmp_path: Path) -> None:
     tars = put_tars(tmp_path / "in")
     one = index_tars(str(tars), str(tmp_path / "one"))

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipelines import prepare_commit, prepare_shards
 from pipelines.dataset import Dataset
 from pipelines.decode import decode
 from pipelines.errors import UserError
+from pipelines.png import libraries
 from pipelines.prepare import prepare
 from pipelines.prepare_commit import claim
 from pipelines.prepare_plan import plan_shards
@@ -573,7 +575,8 @@ def test_a_damaged_claim_is_named(tmp_path: Path, text: str) -> None:
     storage = open_storage(str(tmp_path))
     storage.put("preparation.json", text.encode())
     with pytest.raises(
-        UserError, match=r"/preparation\.json: is damaged: delete it, or choose another --out"
+        UserError,
+        match=r"/preparation\.json: is damaged: delete all that lies there, if nobody works on it, or",
     ):
         claim(storage, {"seed": 1})
 
@@ -602,6 +605,21 @@ def test_a_worker_with_other_libraries_is_refused(photos: Path, tmp_path: Path, 
     monkeypatch.setattr("pipelines.prepare_shards.libraries", lambda encoder: "Pillow 1.0")
     line = refusal(str(photos), str(tmp_path / "out"))
     assert "a worker has Pillow 1.0, and the one who prepares Pillow " in line
+
+
+def test_a_worker_without_fpng_is_refused(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    def absent(name: str) -> str:
+        if name == "fpng":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("pipelines.png.version", absent)
+    libraries.cache_clear()
+    try:
+        assert libraries("fpng").endswith(", no fpng")
+        assert "fpng" not in libraries("pillow")
+    finally:
+        libraries.cache_clear()
 
 
 def killed(*given: object) -> None:

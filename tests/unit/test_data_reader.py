@@ -27,6 +27,7 @@ from pipelines.images import encode_png, to_model
 from pipelines.order import Order
 from pipelines.reader import MicroBatch, ShardReader, StreamBatches, read_split
 from pipelines.shards import PackedShard, Sample, pack, parse_index
+from pipelines.stages import LoadedStage
 from pipelines.storage import ObjectMissing, StorageError
 from tests.support.data import WatchedStorage, dataset_of, image_bytes, packed, put_dataset, random_images
 from tests.support.held import Held
@@ -429,6 +430,59 @@ def test_it_ends_where_it_is_to_stop_and_fetches_nothing_for_later(
     assert all(same(*pair) for a, b in zip(read, endless, strict=True) for pair in zip(a, b, strict=True))
     # a shard a step
     assert len([key for key in fetched if key.endswith(".tar")]) == stop - start
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch", "steps"), [([10] * 4, 128, 6), ([10] * 20, 64, 3), ([50] * 8, 64, 6)]
+)
+@pytest.mark.parametrize("with_stage", [False, True])
+def test_no_shard_is_fetched_twice_for_one_batch(
+    tmp_path: Path, counts: list[int], batch: int, steps: int, with_stage: bool
+) -> None:
+    dataset, _ = dataset_of(tmp_path, counts)
+    fetched: list[str] = []
+
+    def note(key: str, data: bytes, time: int) -> bytes:
+        fetched.append(key)
+        return data
+
+    stages = (LoadedStage("data.stages[0]: as it is", lambda samples: samples),) if with_stage else ()
+    batches(
+        through(dataset, watched(dataset, note)),
+        steps,
+        num_streams=1,
+        streams=[0],
+        micro_batch_size=batch,
+        stop_step=steps,
+        stages=stages,
+    )
+    order, touched = Order(counts, 5, 1), 0
+    for step in range(steps):
+        touched += len(set(order.locate(0, range(step * batch, (step + 1) * batch)).shard.tolist()))
+    assert len([key for key in fetched if key.endswith(".tar")]) <= touched
+
+
+def test_who_goes_on_after_an_interrupt_is_told_and_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, _ = dataset_of(tmp_path, [6])
+    with StreamBatches(
+        dataset, "train", seed=0, num_streams=1, streams=[0], micro_batch_size=2, stop_step=3
+    ) as stream:
+        next(stream)
+        take = stream._read.get
+
+        def interrupted() -> object:
+            take()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(stream._read, "get", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        monkeypatch.undo()
+        for _ in range(2):
+            with pytest.raises(DataError, match="reading was interrupted: read again from a step"):
+                next(stream)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])

@@ -148,7 +148,7 @@ def test_a_body_that_is_too_slow_is_given_up(
     assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("expected", [0, 1, 299, 300, 301, 10**6, 2**28, 2**62])
+@pytest.mark.parametrize("expected", [0, 1, 299, 300, 301, 10**6, 2**26, 2**62])
 def test_a_body_is_what_came_whatever_was_expected(expected: int) -> None:
     came = [b"a" * 100, b"b" * 200, b""]
     assert read_steadily(lambda _: came.pop(0), expected) == b"a" * 100 + b"b" * 200
