@@ -11,7 +11,7 @@ import pytest
 
 from pipelines import tars
 from pipelines.index_only import index_tars
-from pipelines.prepare_plan import plan_shards
+from pipelines.prepare_plan import Plan, plan_shards
 from pipelines.sources import open_source
 from tests.bench import plan_memory
 from tests.bench.plan_memory import (
@@ -44,13 +44,15 @@ def test_a_plan_takes_few_bytes_a_sample(
     # what is held of the tars that are being read is no more for more samples
     monkeypatch.setattr(tars, "_CHUNK_BYTES", 4096)
     monkeypatch.setattr(plan_memory, "_SAMPLES_A_TAR", 500)
-    put(tmp_path, SAMPLES)
+    for name, count in (("few", 100), ("many", SAMPLES)):
+        (tmp_path / name).mkdir()
+        put(tmp_path / name, count)
 
-    def work() -> Any:
-        return plan_shards(open_source(str(tmp_path)).entries, 0, 0.1)
+    def plan_of(name: str) -> Plan:
+        return plan_shards(open_source(str(tmp_path / name)).entries, 0, 0.1)
 
-    work()  # what is imported and cached is no sample
-    plan, peak = peak_bytes(work)
+    plan_of("few")  # what is imported and cached is no sample
+    plan, peak = peak_bytes(lambda: plan_of("many"))
     assert sum(samples for samples, _ in plan.counts.values()) == SAMPLES
     assert peak / SAMPLES < bound
 
@@ -59,11 +61,11 @@ def test_index_only_takes_few_bytes_a_sample(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tars, "_CHUNK_BYTES", 4096)
     monkeypatch.setattr(plan_memory, "_SAMPLES_A_TAR", 500)
     (tmp_path / "in").mkdir()
-    put_images_in_tars(tmp_path / "in", SAMPLES)
+    put_images_in_tars(tmp_path / "in", 6000)
     source = f"{tmp_path}/in/a-{{00000..00003}}.tar"
     index_tars(source, str(tmp_path / "first"))
     few = peak_bytes(lambda: index_tars(source, str(tmp_path / "few")))[1]
     dataset, many = peak_bytes(lambda: index_tars(str(tmp_path / "in"), str(tmp_path / "many")))
-    assert dataset.count("train") + dataset.count("test") == SAMPLES
+    assert dataset.count("train") + dataset.count("test") == 6000
     # one tar is read after the other, whole
-    assert (many - few) / (SAMPLES - 4 * 500) < 75
+    assert (many - few) / (6000 - 4 * 500) < 75
