@@ -76,6 +76,13 @@ class DataConfig(Section):
     stages: tuple[StageConfig, ...] = ()
     """The user's own stages behind the decoder, by dotted name; of training alone."""
 
+    @field_validator("disk_cache")
+    @classmethod
+    def _is_a_place(cls, value: str) -> str:
+        if value not in ("auto", "none") and (not value.startswith(("/", "~")) or "\0" in value):
+            raise ValueError(f"must be auto, none or an absolute folder, got {value!r}")
+        return value
+
     @model_validator(mode="after")
     def _stages_can_be_named(self) -> DataConfig:
         for place, stage in enumerate(self.stages):

@@ -273,7 +273,7 @@ def _load_shards(storage: Storage, expected: str, counts: dict[str, int]) -> dic
     if found != expected:
         raise DataError(
             f"{where}: has SHA-256 {found[:16]}…, and {RECORD_KEY} names {expected[:16]}…: "
-            "it is damaged or belongs to another data set"
+            "it is damaged or belongs to another data set; delete it, and the same `ddpm prepare` makes it again"
         )
     try:
         shards = shards_from_parquet(raw)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ddpm_core import rng
 from ddpm_core.bound import BoundEstimate
+from pipelines.bad_samples import BadSamples
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import Config
 from pipelines.dataset import Dataset
@@ -27,10 +28,10 @@ from pipelines.evaluation_record import FORMAT_VERSION
 from pipelines.features import Classifier, train_classifier
 from pipelines.held_out import held_out_bound, model_chain, sampler_chain
 from pipelines.images import to_uint8
-from pipelines.reader import read_split
 from pipelines.sample_recipe import checkpoint_config
 from pipelines.sample_set import SampleSet
 from pipelines.sampling import load_model
+from pipelines.shard_reader import read_rows
 from pipelines.world import SingleWorker
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,9 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
             f"{dataset.uri}: has no classes, and the distances need a classifier; "
             "prepare it from a folder with a sub-folder a class"
         )
-    train_images, train_labels = _load(dataset, "train")
-    test_images, test_labels = _load(dataset, "test")
+    bad = BadSamples(config.data.on_bad_sample == "skip")
+    train_images, train_labels = _load(dataset, "train", bad)
+    test_images, test_labels = _load(dataset, "test", bad)
     record = samples.record()
     if tuple(record.shape) != dataset.shape:
         raise UserError(f"{samples.uri}: images of shape {record.shape}, the data set's have {dataset.shape}")
@@ -116,6 +118,7 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
     count = min(*sides, _MOST_IMAGES)
     if count < 2:
         raise UserError(f"{samples.uri}: distances need at least 2 images a side, and here there is {count}")
+    accuracy = classifier.accuracy(test_images, test_labels)
     reference = classifier.features(test_images[:count])
     made, shares = _samples(samples, classifier, count)
     noise = to_uint8(
@@ -135,10 +138,10 @@ def evaluate(config: Config, dataset: Dataset, checkpoint: Checkpoint, samples: 
         num_samples=record.count,
         classifier=classifier.name,
         classifier_identity=classifier.identity,
-        classifier_accuracy=classifier.accuracy(test_images, test_labels),
+        classifier_accuracy=accuracy,
         distances=distances,
         class_shares={name: float(share) for name, share in zip(dataset.classes, shares, strict=True)},
-        warnings=too_few(*sides, classifier.num_features),
+        warnings=too_few(*sides, classifier.num_features) + too_weak(accuracy, test_labels),
         **bounds,
     )
 
@@ -163,11 +166,22 @@ def too_few(train: int, test: int, samples: int, num_features: int) -> list[str]
     ]
 
 
+def too_weak(accuracy: float, labels: NDArray[np.int64]) -> list[str]:
+    """The warning of a classifier that is nearer to naming the most frequent class each time than to be right."""
+    guessing = float(np.bincount(labels).max() / len(labels))
+    if accuracy >= (1 + guessing) / 2:
+        return []
+    return [
+        f"the distances say little: their classifier is right on {accuracy:.1%} of the held-out images, and naming "
+        f"the most frequent class each time on {guessing:.1%}; it saw too few images, or the classes look alike"
+    ]
+
+
 def _bounds(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields of an `Evaluation` that say bits/dim: of the model's chain and of the sampler's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_model(checkpoint, device)
-    asked = {name: getattr(config, name) for name in ("bound", "sampler", "sample")}
+    asked = {name: getattr(config, name) for name in ("bound", "sampler", "sample", "data")}
     trained = checkpoint_config(checkpoint).model_copy(update=asked)
     own = model_chain(trained)
     bound = held_out_bound(dataset, trained, model, SingleWorker(device), None, own)
@@ -186,9 +200,10 @@ def _bounds(config: Config, dataset: Dataset, checkpoint: Checkpoint) -> dict[st
     return {"bound": bound, "bound_of": own.told(), "sampler_bound": sampled, "sampler_bound_of": of}
 
 
-def _load(dataset: Dataset, split: str) -> tuple[Pixels, NDArray[np.int64]]:
+def _load(dataset: Dataset, split: str, bad: BadSamples) -> tuple[Pixels, NDArray[np.int64]]:
     """The labelled images of a split."""
-    rows = [(image, label) for _, image, label in read_split(dataset, split) if label >= 0]
+    found = read_rows(dataset, split, on_bad=bad.add)
+    rows = [(row.image, row.label) for row in found if row.label >= 0]
     if not rows:
         raise UserError(f"{dataset.uri}: its {split} split has no labelled image")
     return np.stack([image for image, _ in rows]), np.array([label for _, label in rows], dtype=np.int64)

@@ -14,10 +14,10 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.dataset import Dataset
 from pipelines.evaluate import Evaluation, Pixels
 from pipelines.images import to_uint8
-from pipelines.reader import read_split
 from pipelines.sample_recipe import Recipe
 from pipelines.sample_set import SampleSet
 from pipelines.sampling import load_model
+from pipelines.shard_reader import read_rows
 from pipelines.storage import Storage
 from pipelines.tracking import History
 
@@ -67,7 +67,8 @@ def draw(
     }
     made.append(plots.bound_figure(bound.per_t, terms, folder / "bound.png", stderr=errors))
     generated = np.stack([image for _, image in samples.images(limit=100)])
-    real = np.stack([image for _, image, _ in read_split(dataset, "test", 0, 100)])
+    # a bad one would have ended the evaluation, or was told of by it
+    real = np.stack([row.image for row in read_rows(dataset, "test", 0, 100, on_bad=lambda bad: None)])
     made.append(plots.generated_beside_real(generated, real, folder / "samples.png"))
     made.append(plots.trajectory_figure(_frames(model, schedule, recipe), folder / "trajectory.png"))
     rows_of_distances = [

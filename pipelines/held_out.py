@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from ddpm_core.reverse import ReverseProcess
 from ddpm_core.samplers import visited_timesteps
 from ddpm_core.schedules import Schedule
 from ddpm_core.types import EpsTheta
+from pipelines.bad_samples import BadSamples
 from pipelines.conditioning import conditioned, fitted, network_labels
 from pipelines.config import Config
-from pipelines.dataset import Dataset
+from pipelines.dataset import DataError, Dataset
 from pipelines.images import to_model
-from pipelines.reader import read_split
+from pipelines.shard_reader import read_rows
 from pipelines.world import World
 
 _BATCH = 128
@@ -109,7 +111,8 @@ def held_out_bound(
 ) -> BoundEstimate:
     """The bound of a chain on held-out images, bits/dim; the workers share the images and the result.
 
-    chain: the model's own if none is given.
+    chain: the model's own if none is given. Bad images are passed over where `data.on_bad_sample` says so; a
+    `DataError` on every worker if they are more than `data.max_bad_share` of them, or all.
     """
     chain = chain or model_chain(config)
     total = dataset.count("test")
@@ -125,25 +128,35 @@ def held_out_bound(
     )
     start, stop = world.rank * total // world.size, (world.rank + 1) * total // world.size
     with torch.inference_mode():
-        for index, images, label in _held_out(dataset, start, stop):
+        bad = BadSamples(config.data.on_bad_sample == "skip")
+        for index, images, label in _held_out(dataset, start, stop, bad):
             x_start = to_model(images, dataset.levels).to(world.device)
             if chain.without_class:
                 label = torch.full_like(label, -1)
             labels = None if classes is None else network_labels(label.to(world.device), classes)
             network = conditioned(model, schedule, labels, chain.guidance_scale)
             accumulator.add(chain.asked(network), x_start, index.to(world.device))
-    state = accumulator.state().to(world.device)
+    own = accumulator.state()
+    state = torch.cat([own, torch.tensor([bad.count], dtype=own.dtype)]).to(world.device)
     world.all_reduce(state)
-    accumulator.load_state(state.cpu())
+    num_bad = round(float(state[-1]))
+    if num_bad > config.data.max_bad_share * total or num_bad == total > 0:
+        raise DataError(
+            f"{dataset.uri}: {num_bad} of {total} held-out images are bad, more than data.max_bad_share "
+            f"{config.data.max_bad_share}; {dataset.what_to_run(deep=True)}"
+        )
+    accumulator.load_state(state[:-1].cpu())
     return accumulator.result()
 
 
-def _held_out(dataset: Dataset, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for first in range(start, stop, _BATCH):
-        last = min(first + _BATCH, stop)
-        samples = list(read_split(dataset, "test", first, last))
-        images = torch.from_numpy(np.stack([image for _, image, _ in samples]))
-        yield torch.arange(first, last), images, torch.tensor([label for _, _, label in samples])
+def _held_out(
+    dataset: Dataset, start: int, stop: int, bad: BadSamples
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Numbers, images and labels of the held-out images that are good, `_BATCH` at a time."""
+    rows = read_rows(dataset, "test", start, stop, on_bad=bad.add)
+    while batch := list(islice(rows, _BATCH)):
+        images = torch.from_numpy(np.stack([row.image for row in batch]))
+        yield torch.tensor([row.number for row in batch]), images, torch.tensor([row.label for row in batch])
 
 
 def bound_metrics(estimate: BoundEstimate) -> dict[str, float]:

@@ -72,7 +72,7 @@ def scan_tar(storage: Storage, task: tuple[str, int], *, image: str | None, labe
             key_in_tar.encode()
         except ValueError as error:
             reason = "its key is no UTF-8 text" if isinstance(error, UnicodeEncodeError) else error
-            wrong = f"{reason}: {_ADVICE}"
+            wrong = f"{reason}: {_ADVICE}, or take it out of its tar if it is damaged"
         if wrong is not None:
             bad.append(Bad(name, wrong))
             if len(bad) == MAX_NAMED:

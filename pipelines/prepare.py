@@ -10,9 +10,10 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.png import PngEncoder, check_encoder, libraries
 from pipelines.prepare_commit import check_writable, claim, commit, discard, finished, incomplete
 from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, Plan, plan_shards
@@ -30,7 +31,7 @@ from pipelines.prepare_shards import (
     make_shard,
 )
 from pipelines.preprocess import Preprocessing
-from pipelines.sources import Source, open_source
+from pipelines.sources import DIGITS, Source, open_source
 from pipelines.storage import Storage, StorageError, open_storage
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def prepare(
     _check_options(test_fraction, shard_count, samples_per_shard)
     check_writable(out)
     storage = open_storage(out)
+    if source != DIGITS and _same_folder(source, out):
+        raise UserError(f"out: {printable(out)} is the source itself: choose another --out")
     found = open_source(source, labels=labels, image=image, label=label, workers=workers)
     preprocessing = _preprocessing(found, image_size, channels, levels, png_encoder, workers)
     options = {
@@ -105,6 +108,12 @@ def prepare(
     dataset = finished(storage, options)
     assert dataset is not None
     return dataset
+
+
+def _same_folder(source: str, out: str) -> bool:
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        return "://" not in source + out and Path(source).expanduser().samefile(Path(out).expanduser())
+    return False
 
 
 def _check_options(test_fraction: float, shard_count: int | None, samples_per_shard: int | None) -> None:

@@ -250,12 +250,14 @@ def _batches(run: Run, world: World, start: int) -> StreamBatches:
 def _check_bad_share(run: Run, learner: Learner, batches: StreamBatches, done: int) -> None:
     """Raise `TrainingError`, on every worker at the same step, where too much of what was trained on is bad."""
     bad, share, seen = learner.skipped or 0, run.config.data.max_bad_share, done * run.config.train.batch_size
-    if not too_many(bad, seen, run.dataset.count("train"), share):
+    epoch = run.dataset.count("train")
+    if not too_many(bad, seen, epoch, share):
         return
     # the bad samples may all be other workers'
     example = next((f"; one is {sample}" for sample in batches.skipped.samples.values()), "")
     raise TrainingError(
-        f"step {done}: {bad} of {seen} train samples read are bad, more than data.max_bad_share {share}{example}; "
+        f"step {done}: {bad} of {seen} train samples read are bad, which of {max(seen, epoch)} (an epoch at least) "
+        f"is a share of {bad / max(seen, epoch):.3g}, more than data.max_bad_share {share}{example}; "
         f"{run.dataset.what_to_run(deep=True)}"
     )
 

@@ -622,5 +622,11 @@ def test_a_worker_without_fpng_is_refused(photos: Path, tmp_path: Path, monkeypa
         libraries.cache_clear()
 
 
+def test_a_folder_is_not_prepared_into_itself(photos: Path) -> None:
+    before = sorted(photos.rglob("*"))
+    assert "is the source itself: choose another --out" in refusal(str(photos), f"{photos}/../{photos.name}")
+    assert sorted(photos.rglob("*")) == before
+
+
 def killed(*given: object) -> None:
     raise KeyboardInterrupt

@@ -23,7 +23,7 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.distances import moments
 from pipelines.errors import UserError
-from pipelines.evaluate import Evaluation, evaluate, too_few
+from pipelines.evaluate import Evaluation, evaluate, too_few, too_weak
 from pipelines.evaluation_pictures import draw
 from pipelines.evaluation_record import (
     Finished,
@@ -174,7 +174,8 @@ def test_too_few_images_are_told_in_the_report_and_the_table(
 ) -> None:
     _, samples = samples_of(config, checkpoint)
     report = evaluate(config, dataset, checkpoint, samples).to_json()
-    [warning] = report["warnings"]
+    warning, *weak = report["warnings"]
+    assert all("their classifier is right on" in line for line in weak)
     assert warning == (
         "the distances mean little: there are 10 samples (raise sample.count), 12 held-out images (raise "
         "prepare.test_fraction), and 32 features need at least 33 images a side, below which the covariances in "
@@ -363,3 +364,17 @@ def test_what_makes_an_evaluation_another_one(
     assert len(set(places)) == len(places)
     for same in ("workers.num=2", "train.steps=99", "bound.num_images=2", "tracking.experiment=other"):
         assert place(same) == places[0]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "counts", "warned"),
+    [(0.4, [5, 4, 3], True), (0.7, [5, 4, 3], True), (0.71, [5, 4, 3], False), (0.985, [18] * 10, False)],
+)
+def test_a_classifier_that_hardly_beats_guessing_is_told(
+    accuracy: float, counts: list[int], warned: bool
+) -> None:
+    found = too_weak(accuracy, np.repeat(np.arange(len(counts)), counts))
+    assert bool(found) == warned
+    if warned:
+        assert f"right on {accuracy:.1%} of the held-out images" in found[0]
+        assert "each time on 41.7%" in found[0]

@@ -12,6 +12,8 @@ import torch
 
 from pipelines.bad_samples import too_many
 from pipelines.checkpoints import Checkpoints
+from pipelines.dataset import DataError
+from pipelines.held_out import held_out_bound
 from pipelines.images import encode_png
 from pipelines.order import Order
 from pipelines.reader import MicroBatch
@@ -159,7 +161,9 @@ def test_a_run_ends_at_the_same_step_on_any_number_of_workers(tmp_path: Path, si
     step = expected_end(run)
     assert step > 2
     line, checkpoints = ended(run, size)
-    assert re.match(rf"step {step}: \d+ of {8 * step} train samples read are bad, more than", line), line
+    counted = max(8 * step, sum(COUNTS))
+    told = rf"step {step}: \d+ of {8 * step} train samples read are bad, which of {counted} \(an epoch at least\) "
+    assert re.match(told + r"is a share of 0\.\d+, more than", line), line
     assert "data.max_bad_share 0.16; `ddpm verify file://" in line
     assert "\n" not in line
     assert checkpoints[-1] == step - 1
@@ -200,3 +204,60 @@ def test_the_log_counts_what_all_workers_passed_over(tmp_path: Path) -> None:
     together(2, lambda world: train(run, world))
     (row,) = [row for row in History(run.storage).rows() if "loss" in row.metrics]
     assert row.metrics["skipped_samples"] == sum(bad_by_step(run, 6)) > 0
+
+
+# ---- held-out ones
+
+
+def held_out_run(folder: Path, bad: set[int], *overrides: str) -> Run:
+    """A run whose held-out images are six, of which these are broken."""
+    images = random_images(9)
+    samples = [Sample(str(number), encode_png(images[number])) for number in range(6)]
+    broken = [
+        sample._replace(image=sample.image[:-30]) if number in bad else sample
+        for number, sample in enumerate(samples)
+    ]
+    put_dataset(folder / "data", {"train": [packed(images)], "test": [pack(broken)]}, (1, 8, 8))
+    return open_run(tiny_config(f"data.uri={folder}/data", f"storage={folder}/out", *overrides))
+
+
+SKIP = ("data.on_bad_sample=skip", "data.max_bad_share=0.5")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_bad_held_out_images_are_left_out_of_the_bound(tmp_path: Path, workers: int) -> None:
+    run = held_out_run(tmp_path, {1, 4}, *SKIP)
+    model = Learner(run.config, CPU).averaged()
+    [expected] = {
+        (found.num_images, found.total)
+        for found in [held_out_bound(run.dataset, run.config, model, SingleWorker(CPU), None)]
+    }
+    assert expected[0] == 4
+    found = together(workers, lambda world: held_out_bound(run.dataset, run.config, model, world, None))
+    assert all(one.num_images == 4 for one in found)
+    assert all(one.total == pytest.approx(expected[1], rel=1e-12) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("bad", "overrides", "line"),
+    [
+        ({1}, (), "sample '1': "),
+        (
+            {1, 4},
+            ("data.on_bad_sample=skip",),
+            "2 of 6 held-out images are bad, more than data.max_bad_share 0.01",
+        ),
+        (
+            set(range(6)),
+            ("data.on_bad_sample=skip", "data.max_bad_share=1"),
+            "6 of 6 held-out images are bad",
+        ),
+    ],
+)
+def test_too_many_of_them_end_the_run(
+    tmp_path: Path, bad: set[int], overrides: tuple[str, ...], line: str
+) -> None:
+    run = held_out_run(tmp_path, bad, *overrides)
+    model = Learner(run.config, CPU).averaged()
+    with pytest.raises(DataError, match=re.escape(line)):
+        held_out_bound(run.dataset, run.config, model, SingleWorker(CPU), None)

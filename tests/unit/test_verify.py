@@ -158,7 +158,7 @@ def test_a_flipped_bit_is_named_whatever_it_is_of(prefix: Path) -> None:
 def test_the_record_of_another_data_set_is_refused(prefix: Path, tmp_path: Path) -> None:
     dataset_of(tmp_path / "other", [6, 5, 4], seed=1)
     shutil.copy(tmp_path / "other/shards.parquet", prefix)
-    with pytest.raises(DataError, match="belongs to another data set"):
+    with pytest.raises(DataError, match="another data set; delete it, and the same `ddpm prepare` makes it"):
         verified(prefix)
     shutil.copy(tmp_path / "other/dataset.json", prefix)
     found = lines(prefix)
