@@ -140,10 +140,11 @@ def held_out_bound(
     state = torch.cat([own, torch.tensor([bad.count], dtype=own.dtype)]).to(world.device)
     world.all_reduce(state)
     num_bad = round(float(state[-1]))
-    if num_bad > config.data.max_bad_share * total or num_bad == total > 0:
+    share = config.data.max_bad_share
+    if num_bad > share * total or num_bad == total > 0:
+        why = f"more than data.max_bad_share {share}" if num_bad > share * total else "which leaves none"
         raise DataError(
-            f"{dataset.uri}: {num_bad} of {total} held-out images are bad, more than data.max_bad_share "
-            f"{config.data.max_bad_share}; {dataset.what_to_run(deep=True)}"
+            f"{dataset.uri}: {num_bad} of {total} held-out images are bad, {why}; {dataset.what_to_run(deep=True)}"
         )
     accumulator.load_state(state[:-1].cpu())
     return accumulator.result()

@@ -250,7 +250,7 @@ def test_bad_held_out_images_are_left_out_of_the_bound(tmp_path: Path, workers: 
         (
             set(range(6)),
             ("data.on_bad_sample=skip", "data.max_bad_share=1"),
-            "6 of 6 held-out images are bad",
+            "6 of 6 held-out images are bad, which leaves none; ",
         ),
     ],
 )
