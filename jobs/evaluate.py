@@ -170,4 +170,4 @@ def _track(run: Run, place: Storage, done: Finished) -> None:
     tracker.artifact("report.json", json.dumps(report, indent=2).encode())
     for name, data in done.pictures.items():
         tracker.artifact(name, data)
-    tracker.finish(failed=False)
+    tracker.finish("FINISHED")

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _sweep(config: Config, dataset: Dataset, storage: Storage) -> Sweep:
     """Run the trials and commit their record, with a tracked run of the sweep's own around theirs."""
     from pipelines.storage import open_storage
-    from pipelines.tracking import Row, RunDescription, end_tracking, open_tracker
+    from pipelines.tracking import Row, RunDescription, end_tracking, ended, open_tracker
     from pipelines.tune_ray import run_sweep
     from pipelines.tuning import require_whole, sweep_identity, write_sweep
 
@@ -78,12 +78,12 @@ def _sweep(config: Config, dataset: Dataset, storage: Storage) -> Sweep:
     identity = sweep_identity(config, dataset.identity)
     name = f"sweep {storage.uri.rpartition('/')[2]}"
     tracker = open_tracker(uri, RunDescription(config.tracking.experiment, name, identity), storage)
-    failed = True
-    try:
+    with ended(tracker):
         trials = run_sweep(config, storage, tracker.run_id)
         for trial in trials:
             # Tune stops a trial by killing it, so the trial can't say so itself
-            end_tracking(uri, open_storage(trial.run))
+            if trial.status != "failed":
+                end_tracking(uri, open_storage(trial.run), "FINISHED")
         require_whole(trials)
         picture = _picture(trials)
         storage.put("sweep.png", picture)
@@ -93,9 +93,6 @@ def _sweep(config: Config, dataset: Dataset, storage: Storage) -> Sweep:
         best = sweep.trials[0]
         if best.bits_per_dim is not None:
             tracker.log([Row(best.step, {"held_out/total": best.bits_per_dim})])
-        failed = False
-    finally:
-        tracker.finish(failed=failed)
     return sweep
 
 

@@ -12,15 +12,18 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pipelines.records import RecordError, parse_json
 from pipelines.storage import ObjectMissing, Storage
 
 TRACKING_RECORD = "mlflow.json"
 TURN_RECORD = "tracker.json"
+
+End = Literal["FINISHED", "FAILED", "KILLED"]
+"""How a tracked run ended, in MLflow's words; killed: stopped by its user."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Tracker(Protocol):
         """Keep a file with the run; a server that is away is warned about, not raised."""
         ...
 
-    def finish(self, *, failed: bool) -> None: ...
+    def finish(self, end: End) -> None: ...
 
 
 class NoTracker:
@@ -59,7 +62,7 @@ class NoTracker:
     def artifact(self, path: str, data: bytes) -> None:
         pass
 
-    def finish(self, *, failed: bool) -> None:
+    def finish(self, end: End) -> None:
         pass
 
 
@@ -169,12 +172,30 @@ def open_tracker(uri: str | None, description: RunDescription, run: Storage) -> 
     return open_mlflow_run(uri, description, run)
 
 
-def end_tracking(uri: str | None, run: Storage, status: str = "FINISHED") -> None:
-    """Tell the tracking server that a run whose process was stopped from outside goes on no more."""
+@contextlib.contextmanager
+def ended(tracker: Tracker) -> Iterator[None]:
+    """Tell the tracking server how what is done here ended."""
+    end: End = "FAILED"
+    try:
+        yield
+        end = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        end = "KILLED"
+        raise
+    finally:
+        tracker.finish(end)
+
+
+def end_tracking(uri: str | None, run: Storage, end: End) -> None:
+    """Tell the tracking server how a run ended whose process was stopped from outside.
+
+    A worker that is being stopped may lose its neighbours first and say that it failed; whoever stopped it knows
+    better.
+    """
     if uri:
         from pipelines.adapters.mlflow import end_mlflow_run
 
-        end_mlflow_run(uri, run, status)
+        end_mlflow_run(uri, run, end)
 
 
 def tracked_as(run: Storage) -> str | None:

@@ -27,7 +27,7 @@ from pipelines.reader import StreamBatches
 from pipelines.records import read_record
 from pipelines.stages import load_stages
 from pipelines.storage import Storage, StorageError, open_storage
-from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, open_tracker
+from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, ended, open_tracker
 from pipelines.training import Learner, TrainingError, diverged, is_due
 from pipelines.world import World, streams_of
 
@@ -120,12 +120,8 @@ def train(run: Run, world: World, *, parent_run_id: str | None = None) -> None:
     checkpoints = Checkpoints(run.storage)
     start = _resume(run, checkpoints, learner, world)
     tracker = _open_tracker(run, parent_run_id, start) if world.rank == 0 else NoTracker()
-    failed = True
-    try:
+    with ended(tracker):
         _loop(run, learner, world, tracker, checkpoints, start)
-        failed = False
-    finally:
-        tracker.finish(failed=failed)
 
 
 def _resume(run: Run, checkpoints: Checkpoints, learner: Learner, world: World) -> int:

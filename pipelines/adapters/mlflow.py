@@ -29,7 +29,7 @@ from mlflow.exceptions import MlflowException, RestException
 from pipelines.errors import UserError, one_line, without_password
 from pipelines.records import RecordError
 from pipelines.storage import Storage, StorageError
-from pipelines.tracking import TRACKING_RECORD, Row, RunDescription, Turn, flatten, tracked_as
+from pipelines.tracking import TRACKING_RECORD, End, Row, RunDescription, Turn, flatten, tracked_as
 
 log = logging.getLogger(__name__)
 
@@ -126,16 +126,16 @@ def _create_experiment(client: MlflowClient, name: str) -> str:
         return str(experiment.experiment_id)
 
 
-def end_mlflow_run(uri: str, run: Storage, status: str) -> None:
-    """Give the MLflow run recorded in the run's storage this status, if it still counts as running."""
+def end_mlflow_run(uri: str, run: Storage, end: End) -> None:
+    """Give the MLflow run recorded in the run's storage this end, unless it came to its own."""
     run_id = tracked_as(run)
     if run_id is None:
         return
     client = MlflowClient(tracking_uri=uri)
     try:
-        if client.get_run(run_id).info.status == "RUNNING":
+        if client.get_run(run_id).info.status in ("RUNNING", "FAILED"):
             client.set_tag(run_id, "ddpm.stopped", "true")
-            client.set_terminated(run_id, status)
+            client.set_terminated(run_id, end)
     except _AWAY as error:
         log.warning("MLflow was not told of the end of run %s: %s", run_id, one_line(error, 160))
 
@@ -241,7 +241,7 @@ class MLflowTracker:
             file.write_bytes(data)
             self._try(path, lambda: self._client.log_artifact(self.run_id, str(file), folder or None))
 
-    def finish(self, *, failed: bool) -> None:
+    def finish(self, end: End) -> None:
         if not self._flush():
             log.warning(
                 "%d metrics of %s did not reach MLflow; they stand in the run's history, and starting the "
@@ -250,5 +250,4 @@ class MLflowTracker:
                 self._name,
             )
         if self._has_turn():
-            status = "FAILED" if failed else "FINISHED"
-            self._try("its end", lambda: self._client.set_terminated(self.run_id, status))
+            self._try("its end", lambda: self._client.set_terminated(self.run_id, end))

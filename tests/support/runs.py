@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_core import rng
 from pipelines.config import Config, parse_config
-from pipelines.tracking import Row
+from pipelines.tracking import End, Row
 
 TINY = """\
 name: tiny
@@ -77,7 +77,7 @@ class Kept:
     def artifact(self, path: str, data: bytes) -> None:
         self.artifacts[path] = data
 
-    def finish(self, *, failed: bool) -> None:
+    def finish(self, end: End) -> None:
         pass
 
 

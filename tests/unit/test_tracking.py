@@ -21,12 +21,15 @@ from pipelines.errors import UserError
 from pipelines.records import RecordError
 from pipelines.storage import FileStorage, Storage, StorageError, open_storage
 from pipelines.tracking import (
+    End,
     History,
     NoTracker,
     Row,
     RunDescription,
     Tracker,
     Turn,
+    end_tracking,
+    ended,
     flatten,
     open_tracker,
     tracked_as,
@@ -260,7 +263,7 @@ def test_without_a_server_nothing_is_tracked(run: Storage) -> None:
         assert isinstance(tracker, NoTracker)
         tracker.log(rows(1))
         tracker.artifact("x", b"")
-        tracker.finish(failed=False)
+        tracker.finish("FINISHED")
     assert run.list() == []
 
 
@@ -276,7 +279,7 @@ def test_a_run_is_made_and_recorded(run: Storage, server: FakeServer) -> None:
     tracker.log(rows(1, 2))
     tracker.artifact("samples/a.png", b"png")
     tracker.artifact("config.yaml", b"yaml")
-    tracker.finish(failed=False)
+    tracker.finish("FINISHED")
     assert server.metrics(made["id"]) == [
         ("loss", 1, 0.1), ("rate", 1, 0.5), ("loss", 2, 0.2), ("rate", 2, 0.5),
     ]  # fmt: skip
@@ -284,9 +287,36 @@ def test_a_run_is_made_and_recorded(run: Storage, server: FakeServer) -> None:
     assert made["status"] == "FINISHED"
 
 
-def test_a_failed_run_is_called_so(run: Storage, server: FakeServer) -> None:
-    opened(run).finish(failed=True)
-    assert server.only["status"] == "FAILED"
+@pytest.mark.parametrize(
+    ("error", "end"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
+def test_a_run_is_called_by_how_it_ended(
+    run: Storage, server: FakeServer, error: type[BaseException], end: str
+) -> None:
+    with pytest.raises(error), ended(opened(run)):
+        raise error
+    assert server.only["status"] == end
+    with ended(opened(run)):
+        assert server.only["status"] == "RUNNING"
+    assert server.only["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize("said", [None, "FAILED"])
+def test_who_stopped_a_run_says_how_it_ended(run: Storage, server: FakeServer, said: End | None) -> None:
+    tracker = opened(run)
+    if said:
+        # a worker lost its neighbour, which was stopped first
+        tracker.finish(said)
+    end_tracking(URI, run, "KILLED")
+    assert server.only["status"] == "KILLED"
+    assert server.only["tags"]["ddpm.stopped"] == "true"
+
+
+def test_a_run_that_came_to_its_end_is_not_called_stopped(run: Storage, server: FakeServer) -> None:
+    opened(run).finish("FINISHED")
+    end_tracking(URI, run, "KILLED")
+    assert server.only["status"] == "FINISHED"
+    assert "ddpm.stopped" not in server.only["tags"]
 
 
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run_and_sends_nothing_twice(
@@ -356,7 +386,7 @@ def test_a_server_that_is_away_is_not_asked_at_every_row(
     assert 5 < len(asked) < 20
     assert max(b - a for a, b in itertools.pairwise(asked)) <= 62
     server.away = False
-    tracker.finish(failed=False)
+    tracker.finish("FINISHED")
     assert len(server.metrics(str(tracker.run_id))) == 2 * 399
 
 
@@ -369,7 +399,7 @@ def test_an_end_without_a_server_warns_and_the_next_start_sends_the_rest(
     server.away = True
     with caplog.at_level(logging.WARNING, "pipelines"):
         tracker.log(rows(2))
-        tracker.finish(failed=False)
+        tracker.finish("FINISHED")
     assert "2 metrics of tiny-123 did not reach MLflow" in caplog.text
     assert all("\n" not in message for message in caplog.messages)
     server.away = False
@@ -514,9 +544,9 @@ def test_of_two_trainers_the_last_one_started_tells_and_each_row_comes_once(
     [message] = told(caplog)
     assert message.startswith("another trainer of tiny-123 was started (")
     # nor does the end of the first one end the run
-    first.finish(failed=True)
+    first.finish("FAILED")
     assert server.only["status"] == "RUNNING"
-    second.finish(failed=False)
+    second.finish("FINISHED")
     assert server.only["status"] == "FINISHED"
     assert told(caplog) == [message]
 
@@ -530,7 +560,7 @@ def test_a_damaged_record_of_whose_turn_it_is_does_not_end_the_training(
     run.put("tracker.json", b"[" * 100_000)
     with caplog.at_level(logging.WARNING, "pipelines"):
         tracker.log(rows(2))
-        tracker.finish(failed=False)
+        tracker.finish("FINISHED")
     assert sent_steps(server) == [1]
     assert "tracker.json: is not JSON" in told(caplog)[0]
     # the next one writes itself there and sends what is missing
