@@ -31,7 +31,7 @@ from pipelines.images import to_uint8
 from pipelines.sample_recipe import checkpoint_config
 from pipelines.sample_set import SampleSet
 from pipelines.sampling import load_model
-from pipelines.shard_reader import read_rows
+from pipelines.stored_order import read_rows
 from pipelines.world import SingleWorker
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from pipelines.images import to_uint8
 from pipelines.sample_recipe import Recipe
 from pipelines.sample_set import SampleSet
 from pipelines.sampling import load_model
-from pipelines.shard_reader import read_rows
 from pipelines.storage import Storage
+from pipelines.stored_order import read_rows
 from pipelines.tracking import History
 
 

@@ -26,7 +26,7 @@ from pipelines.conditioning import conditioned, fitted, network_labels
 from pipelines.config import Config
 from pipelines.dataset import DataError, Dataset
 from pipelines.images import to_model
-from pipelines.shard_reader import read_rows
+from pipelines.stored_order import read_rows
 from pipelines.world import World
 
 _BATCH = 128

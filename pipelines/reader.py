@@ -25,7 +25,6 @@ from pipelines.shard_reader import (
     Fetch,
     ShardReader,
     fetch_verified,
-    read_split,
 )
 from pipelines.stages import LoadedStage, Stages
 
@@ -36,7 +35,6 @@ __all__ = [
     "ShardReader",
     "StreamBatches",
     "fetch_verified",
-    "read_split",
 ]
 
 _CLOSE_TIMEOUT_S = 30.0

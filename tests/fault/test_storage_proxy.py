@@ -13,10 +13,11 @@ from pipelines import retries
 from pipelines.adapters import s3
 from pipelines.dataset import DataError
 from pipelines.prepare import prepare
-from pipelines.reader import fetch_verified, read_split
+from pipelines.reader import fetch_verified
 from pipelines.retries import Budget, Pace
 from pipelines.shards import sha256
 from pipelines.storage import Storage, StorageError, open_storage
+from pipelines.stored_order import read_split
 from tests.support.data import random_images, write_image
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3 import BUCKET, S3Server, use_server

@@ -13,9 +13,9 @@ from botocore import UNSIGNED
 from pipelines import retries
 from pipelines.adapters import s3
 from pipelines.dataset import Dataset
-from pipelines.reader import read_split
 from pipelines.retries import Budget
 from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
+from pipelines.stored_order import read_split
 from tests.support.ceph import Ceph, ceph_server
 from tests.support.data import dataset_of
 from tests.support.s3 import BUCKET, S3Server, client, use_server

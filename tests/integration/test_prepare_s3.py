@@ -23,9 +23,10 @@ from pipelines.dataset import DataError, Dataset
 from pipelines.errors import UserError
 from pipelines.index_only import index_tars
 from pipelines.prepare import prepare
-from pipelines.reader import StreamBatches, read_split
+from pipelines.reader import StreamBatches
 from pipelines.shards import Sample, pack
 from pipelines.storage import StorageError, open_storage
+from pipelines.stored_order import read_split
 from pipelines.verify_dataset import verify_dataset as verify
 from tests.support.data import random_images, write_image
 from tests.support.s3 import S3Server, client

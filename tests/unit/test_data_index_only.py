@@ -15,7 +15,8 @@ from pipelines.errors import UserError
 from pipelines.images import encode_png
 from pipelines.index_only import index_tars
 from pipelines.preprocess import EXIF_ORIENTATION
-from pipelines.reader import StreamBatches, read_split
+from pipelines.reader import StreamBatches
+from pipelines.stored_order import read_split
 from pipelines.verify_dataset import verify_dataset as verify
 from tests.support.data import image_bytes, random_images
 from tests.unit.test_data_source_tar import tar_of

@@ -23,8 +23,8 @@ from pipelines.images import encode_png
 from pipelines.index_only import index_tars
 from pipelines.index_scan import Scanned, Scans, scan_tar
 from pipelines.prepare import prepare
-from pipelines.reader import read_split
 from pipelines.storage import FileStorage, StorageError
+from pipelines.stored_order import read_split
 from pipelines.verify_dataset import verify_dataset
 from tests.support.data import image_bytes, random_images, write_image
 from tests.unit.test_data_source_tar import tar_of

@@ -16,15 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import retries, shard_reader
+from pipelines import retries, shard_reader, stored_order
 from pipelines.dataset import DataError, Dataset
 from pipelines.images import encode_png
 from pipelines.ranged import spans
-from pipelines.reader import MicroBatch, StreamBatches, read_split
+from pipelines.reader import MicroBatch, StreamBatches
 from pipelines.retries import Budget
 from pipelines.shard_reader import ShardReader
 from pipelines.shards import Sample, pack
 from pipelines.storage import ObjectMissing, ObjectTooShort, StorageError
+from pipelines.stored_order import read_split
 from tests.support.data import WatchedStorage, dataset_of, put_dataset, random_images
 from tests.support.held import Held
 from tests.support.s3 import BUCKET, HostileS3, S3Server, use_server
@@ -155,10 +156,10 @@ def test_a_part_of_a_split_is_the_same_either_way(
     dataset, images = dataset_of(tmp_path, [10, 7], (3, 6, 5))
     whole = list(read_split(dataset, "train", start, stop))
     for ranged_bytes, share, everything in ((0, 1.0, 2**40), (2**40, 0.25, 0)):
-        monkeypatch.setattr(shard_reader, "_RANGED_BYTES", ranged_bytes)
-        monkeypatch.setattr(shard_reader, "_RANGED_SHARE", share)
-        monkeypatch.setattr(shard_reader, "_RANGED_ROWS", 3)
-        monkeypatch.setattr(shard_reader, "DEFAULT_CACHE_BYTES", everything)
+        monkeypatch.setattr(stored_order, "_RANGED_BYTES", ranged_bytes)
+        monkeypatch.setattr(stored_order, "_RANGED_SHARE", share)
+        monkeypatch.setattr(stored_order, "_RANGED_ROWS", 3)
+        monkeypatch.setattr(stored_order, "DEFAULT_CACHE_BYTES", everything)
         by_ranges, storage = watched(dataset)
         read = list(read_split(by_ranges, "train", start, stop))
         assert [(key, label) for key, _, label in read] == [(key, label) for key, _, label in whole]
@@ -319,7 +320,7 @@ def test_a_server_that_gives_no_ranges_gives_whole_shards(
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         there = Dataset.load(f"{address}/bucket/p" if kind == "http" else "s3://bucket/p")
         assert same(batches(there, 6, 0), expected)
-        monkeypatch.setattr(shard_reader, "_RANGED_BYTES", 0)
+        monkeypatch.setattr(stored_order, "_RANGED_BYTES", 0)
         asked = len(server.requests)
         assert len(list(read_split(there, "train", 5, 7))) == 2
         # index and tar: that it gives no ranges is known

@@ -25,10 +25,11 @@ from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset
 from pipelines.images import encode_png, to_model
 from pipelines.order import Order
-from pipelines.reader import MicroBatch, ShardReader, StreamBatches, read_split
+from pipelines.reader import MicroBatch, ShardReader, StreamBatches
 from pipelines.shards import PackedShard, Sample, pack, parse_index
 from pipelines.stages import LoadedStage
 from pipelines.storage import ObjectMissing, StorageError
+from pipelines.stored_order import read_split
 from tests.support.data import WatchedStorage, dataset_of, image_bytes, packed, put_dataset, random_images
 from tests.support.held import Held
 

@@ -26,10 +26,11 @@ from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.images import encode_png
 from pipelines.order import Order
-from pipelines.reader import MicroBatch, StreamBatches, read_split
+from pipelines.reader import MicroBatch, StreamBatches
 from pipelines.shards import Sample as Stored
 from pipelines.shards import pack
 from pipelines.stages import LoadedStage, Sample, StageError, Stages, check_travelling, code_of, load_stages
+from pipelines.stored_order import read_split
 from pipelines.tracking import History
 from pipelines.train import claim, open_run, train
 from pipelines.world import SingleWorker

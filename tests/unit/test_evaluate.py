@@ -35,11 +35,11 @@ from pipelines.evaluation_record import (
 from pipelines.features import train_classifier
 from pipelines.held_out import Chain, held_out_bound
 from pipelines.images import encode_png
-from pipelines.reader import read_split
 from pipelines.sample_recipe import Recipe, recipe_of
 from pipelines.sample_set import SampleSet, sample_set
 from pipelines.shards import Sample, pack
 from pipelines.storage import open_storage
+from pipelines.stored_order import read_split
 from pipelines.tracking import History, Row
 from pipelines.training import Learner
 from pipelines.world import SingleWorker

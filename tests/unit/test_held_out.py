@@ -18,7 +18,7 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.held_out import held_out_bound, model_chain, sampler_chain
 from pipelines.images import to_model
-from pipelines.reader import read_split
+from pipelines.stored_order import read_split
 from pipelines.world import SingleWorker
 from tests.support.data import dataset_of
 from tests.support.runs import tiny_config

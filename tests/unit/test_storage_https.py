@@ -22,9 +22,10 @@ from cryptography.x509.oid import NameOID
 from pipelines import retries
 from pipelines.adapters import https
 from pipelines.dataset import DataError, Dataset
-from pipelines.reader import StreamBatches, read_split
+from pipelines.reader import StreamBatches
 from pipelines.retries import Budget, Pace
 from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
+from pipelines.stored_order import read_split
 from tests.support.data import dataset_of
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3 import HostileS3, free_port

@@ -22,9 +22,9 @@ from pipelines.dataset import DataError, Dataset, shards_from_parquet, shards_to
 from pipelines.errors import UserError
 from pipelines.images import encode_png
 from pipelines.prepare import prepare
-from pipelines.reader import read_split
 from pipelines.shard_reader import ShardReader
 from pipelines.shards import PackedShard, Sample, pack, parse_index, sha256
+from pipelines.stored_order import read_split
 from pipelines.verified import Verified
 from pipelines.verify_dataset import verify_dataset as verify
 from tests.support.data import dataset_of, image_bytes, packed, put_dataset, random_images
