@@ -186,10 +186,18 @@ def _pixels(lines: Sequence[bytes], shape: tuple[int, ...]) -> NDArray[np.uint8]
     """
     height, width, channels = shape
     rows = len(lines) * (height + 1)
-    stored = bytes(1 + width * channels).join((*lines, b""))
+    empty = bytes(1 + width * channels)
+    blocks = _before_blocks(rows, width, channels)
     pieces: list[bytes] = []
-    for number, before in enumerate(_before_blocks(rows, width, channels)):
-        pieces += (before, stored[number * _STORED_BYTES : (number + 1) * _STORED_BYTES])
+    if len(blocks) == 1:
+        # nearly always, and then nothing is copied twice
+        pieces += blocks
+        for image in lines:
+            pieces += (image, empty)
+    else:
+        stored = empty.join((*lines, b""))
+        for number, before in enumerate(blocks):
+            pieces += (before, stored[number * _STORED_BYTES : (number + 1) * _STORED_BYTES])
     # the checksums of zlib and of the chunk are zero: libspng, as pyspng builds it, looks at neither
     data = b"".join((*pieces, bytes(8), _PNG_END))
     pixels = spng.spng_decode_image_bytes(data, _SPNG_FORMAT[channels])

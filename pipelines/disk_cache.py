@@ -33,7 +33,7 @@ from typing import BinaryIO
 from pipelines.errors import UserError, one_line
 from pipelines.shard_reader import Fetch, fetch_verified
 from pipelines.shards import sha256
-from pipelines.storage import Storage
+from pipelines.storage import Memory, Storage, read_file_into
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,15 @@ class DiskCache:
         self._stuck: set[str] = set()
         self._warned = threading.Event()
 
-    def __call__(self, storage: Storage, key: str, expected_sha256: str) -> bytes:
+    def __call__(
+        self, storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
+    ) -> bytes | memoryview:
         """The object's bytes, which have this SHA-256; errors as in `fetch_verified`."""
         # a name of another form could lead out of the folder
         if not (_OBJECT_NAME.fullmatch(expected_sha256) and self._is_ours()):
-            return fetch_verified(storage, key, expected_sha256)
+            return fetch_verified(storage, key, expected_sha256, memory)
         path = self._folder / expected_sha256[:2] / expected_sha256
-        data = self._found(path, expected_sha256)
+        data = self._found(path, expected_sha256, memory)
         if data is not None:
             return data
         with contextlib.ExitStack() as held:
@@ -96,9 +98,9 @@ class DiskCache:
             except OSError as error:
                 self._warn(error)
             # whoever held the lock may have fetched it
-            data = self._found(path, expected_sha256)
+            data = self._found(path, expected_sha256, memory)
             if data is None:
-                data = fetch_verified(storage, key, expected_sha256)
+                data = fetch_verified(storage, key, expected_sha256, memory)
                 self._keep(path, data)
             return data
 
@@ -122,9 +124,9 @@ class DiskCache:
             return False
         return True
 
-    def _found(self, path: Path, expected: str) -> bytes | None:
+    def _found(self, path: Path, expected: str, memory: Memory | None) -> bytes | memoryview | None:
         try:
-            data = _read(path)
+            data = _read(path, memory)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -141,7 +143,7 @@ class DiskCache:
             os.utime(path)
         return data
 
-    def _keep(self, path: Path, data: bytes) -> None:
+    def _keep(self, path: Path, data: bytes | memoryview) -> None:
         try:
             # what can't be put in its place must not drop what is there
             if len(data) > self._max_bytes or path.is_dir():
@@ -254,8 +256,8 @@ def _open(path: Path) -> BinaryIO:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, memory: Memory | None) -> bytes | memoryview:
     with _open(path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "is no file that can be kept here", str(path))
-        return file.read()
+        return file.read() if memory is None else read_file_into(file, memory)

@@ -79,7 +79,8 @@ class StreamBatches:
     `pipelines.stages`.
 
     Memory: the shards that the streams stand in and come to next (within `cache_bytes`; fewer are kept and
-    fetched again if they do not fit), and `prefetch` steps of decoded images.
+    fetched again if they do not fit), the memory of two more, in which the next ones will lie, and `prefetch` steps
+    of decoded images.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class StreamBatches:
         start_step: int = 0,
         stop_step: int | None = None,
         flip: bool = False,
-        prefetch: int = 2,
+        prefetch: int = 4,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         fetch: Fetch = fetch_verified,
         decode_threads: int = 1,
@@ -217,7 +218,7 @@ class _Plan:
 
     def batch(self, stream: int, step: int) -> MicroBatch:
         first = step * self.micro_batch_size
-        position = torch.arange(first, first + self.micro_batch_size)
+        position = np.arange(first, first + self.micro_batch_size, dtype=np.int64)
         index = position * self.order.num_streams + stream
         pieces = list(self.order.pieces(stream, first, first + self.micro_batch_size))
         channels, height, width = self.shape
@@ -225,15 +226,15 @@ class _Plan:
         keys = None if self.stages is None else [""] * self.micro_batch_size
         label, weight = self._gather(pieces, images.numpy(), keys)
         if self.stages is not None and keys is not None:
-            self.stages.apply(keys, index.numpy(), images.numpy(), label, weight)
+            self.stages.apply(keys, index, images.numpy(), label, weight)
         self._look_ahead(stream, first + self.micro_batch_size - 1, pieces[-1].shard)
         if self.flip:
-            mirrored = rng.integers(self.order.seed, "flip", index, 2).bool()
+            mirrored = rng.integers(self.order.seed, "flip", torch.from_numpy(index), 2).bool()
             images[mirrored] = images[mirrored].flip(-2)
         return MicroBatch(
             stream,
-            position,
-            index,
+            torch.from_numpy(position),
+            torch.from_numpy(index),
             self._collated(images),
             torch.from_numpy(label),
             torch.from_numpy(weight),
@@ -294,6 +295,7 @@ def _produce(plan: _Plan, step: int, out: Handover[list[MicroBatch] | BaseExcept
     try:
         _read_steps(plan, step, out)
     finally:
+        out.flush()
         plan.reader.close()
 
 

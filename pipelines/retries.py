@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pipelines.errors import UserError
+from pipelines.storage import Memory
 
 Result = TypeVar("Result")
 
@@ -62,30 +63,54 @@ _MOST_AT_ONCE = 2**18
 _MOST_TRUSTED = 2**26
 
 
-def read_steadily(read1: Callable[[int], bytes], expected: int = 0, pace: Pace | None = None) -> bytes:
-    """All that `read1` gives, which returns what there is, at most as many bytes as asked for, none at the end.
+# returns what there is, at most as many bytes as asked for, none at the end
+Read1 = Callable[[int], bytes]
 
-    `expected`: how many these probably are, so that memory need not grow, and be copied, piece by piece. Raises
-    `TryAgain` where it comes more slowly than `pace`. A timeout on each read is no limit: it begins again with
-    every byte.
+
+def read_steadily(read1: Read1, expected: int = 0, pace: Pace | None = None) -> bytes:
+    """All that `read1` gives.
+
+    `expected`: how many bytes these probably are, so that memory need not grow, and be copied, piece by piece.
+    Raises `TryAgain` where they come more slowly than `pace`. A timeout on each read is no limit: it begins again
+    with every byte.
     """
-    pace = pace or PACE
     body = io.BytesIO()
     if 0 < expected <= _MOST_TRUSTED:
         # makes it as long at once; what was not written at the end is cut off
         body.seek(expected - 1)
         body.write(b"\0")
         body.seek(0)
-    since, before = time.monotonic(), 0
-    while data := read1(_MOST_AT_ONCE):
+    for data in _steadily(read1, pace or PACE):
         body.write(data)
-        came = body.tell() - before
-        if came >= pace.num_bytes:
-            since, before = time.monotonic(), body.tell()
-        elif (elapsed := time.monotonic() - since) > pace.window_s:
-            raise TryAgain(f"could not be read whole: it comes too slowly, {came} bytes in {elapsed:.0f} s")
     body.truncate()
     return body.getvalue()
+
+
+def read_steadily_into(
+    memory: Memory, read1: Read1, expected: int = 0, pace: Pace | None = None
+) -> memoryview:
+    """As `read_steadily`, in memory that `memory` gives."""
+    room = memory(max(0, min(expected, _MOST_TRUSTED)))
+    end = 0
+    for data in _steadily(read1, pace or PACE):
+        start, end = end, end + len(data)
+        if end > len(room):
+            larger = memory(max(end, 2 * len(room)))
+            larger[:start] = room[:start]
+            room = larger
+        room[start:end] = data
+    return room[:end]
+
+
+def _steadily(read1: Read1, pace: Pace) -> Iterator[bytes]:
+    since, came = time.monotonic(), 0
+    while data := read1(_MOST_AT_ONCE):
+        yield data
+        came += len(data)
+        if came >= pace.num_bytes:
+            since, came = time.monotonic(), 0
+        elif (elapsed := time.monotonic() - since) > pace.window_s:
+            raise TryAgain(f"could not be read whole: it comes too slowly, {came} bytes in {elapsed:.0f} s")
 
 
 def insist(

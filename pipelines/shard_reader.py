@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
+from pipelines.buffers import Buffers
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset, Shard
 from pipelines.decode import decode_many
 from pipelines.errors import one_line, printable
 from pipelines.ranged import RangedShard
 from pipelines.shards import ShardIndex, parse_index, sha256
-from pipelines.storage import NoRanges, ObjectMissing, Storage
+from pipelines.storage import Memory, NoRanges, ObjectMissing, Storage
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ DEFAULT_CACHE_BYTES = 256 * 2**20
 _FETCH_ATTEMPTS = 3
 # so many requests for ranges run side by side
 _RANGES_AT_ONCE = 16
+# the memory of so many shards waits for the next ones: that of one that a stream leaves for one that it comes to
+_SPARE_SHARDS = 2
 # what the index of a shard weighs, roughly, a sample
 _INDEX_ROW_BYTES = 64
 # a tar of which the images are less than this share is kept as its images alone
@@ -35,19 +39,26 @@ _DENSE = 0.5
 # servers that turned out to give no parts of objects; each is asked, and told of, once a process
 _without_ranges: set[str] = set()
 
-# (storage, key, SHA-256) -> bytes that have this hash
-Fetch = Callable[[Storage, str, str], bytes]
+
+class Fetch(Protocol):
+    def __call__(
+        self, storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
+    ) -> bytes | memoryview:
+        """The object's bytes, which have this SHA-256, in memory that `memory` gives if need be."""
+        ...
 
 
-def fetch_verified(storage: Storage, key: str, expected_sha256: str) -> bytes:
-    """The object's bytes, which have this SHA-256.
+def fetch_verified(
+    storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
+) -> bytes | memoryview:
+    """The object's bytes, which have this SHA-256, in memory that `memory` gives, if that is given.
 
     A body that has not is fetched again, three times in all. Raises `DataError` naming the object if it is
     missing or stays wrong; `StorageError` if the storage cannot be read.
     """
     for _ in range(_FETCH_ATTEMPTS):
         try:
-            data = storage.get(key)
+            data = storage.get(key) if memory is None else storage.get_into(key, memory)
         except ObjectMissing:
             raise DataError(f"{printable(f'{storage.uri}/{key}')}: is missing from its data set") from None
         found = sha256(data)
@@ -86,7 +97,7 @@ class _LoadedShard:
     bytes alone, end to end. Image i stands at `start[i]`.
     """
 
-    data: bytes
+    data: memoryview
     start: NDArray[np.int64]
     index: ShardIndex
 
@@ -105,7 +116,7 @@ class _LoadedShard:
         for place, (first, last, crc) in enumerate(
             zip(start.tolist(), stop.tolist(), crcs.tolist(), strict=True)
         ):
-            image = data[first:last]
+            image = data[first:last].tobytes()
             if crc32c(image) == crc:
                 files[place] = image
             else:
@@ -140,6 +151,7 @@ class ShardReader:
         self._dataset = dataset
         self._shards = dataset.shards(split)
         self._fetch = fetch
+        self._memory = Buffers(spare=_SPARE_SHARDS).bytes
         self._cache_bytes = cache_bytes
         self._ranged_above = cache_bytes if ranged_above is None else ranged_above
         self._loaded: WeightedLRU[int, _LoadedShard | RangedShard] = WeightedLRU(cache_bytes, max_shards)
@@ -292,12 +304,11 @@ class ShardReader:
             raise DataError(f"{self._dataset.uri_of_index(shard)}: {error}") from None
         if self._by_ranges(shard):
             return RangedShard(*self._dataset.tar_of(shard), self._dataset.uri_of(shard), index)
-        tar = self._fetch(*self._dataset.tar_of(shard), shard.sha256)
+        tar = memoryview(self._fetch(*self._dataset.tar_of(shard), shard.sha256, self._memory))
         if index.length.sum() >= _DENSE * len(tar):
             return _LoadedShard(tar, index.offset, index)
-        view = memoryview(tar)
         spans = zip(index.offset.tolist(), index.length.tolist(), strict=True)
-        return _end_to_end((view[offset : offset + length] for offset, length in spans), index)
+        return _end_to_end((tar[offset : offset + length] for offset, length in spans), index)
 
 
 def _server(uri: str) -> str:
@@ -306,4 +317,4 @@ def _server(uri: str) -> str:
 
 
 def _end_to_end(images: Iterable[bytes | memoryview], index: ShardIndex) -> _LoadedShard:
-    return _LoadedShard(b"".join(images), np.cumsum(index.length) - index.length, index)
+    return _LoadedShard(memoryview(b"".join(images)), np.cumsum(index.length) - index.length, index)

@@ -87,7 +87,7 @@ class ShardIndex:
         return int(self.key.nbytes) + 4 * self.offset.nbytes
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -169,7 +169,7 @@ def to_parquet(table: pa.Table) -> bytes:
         return file.getvalue()
 
 
-def parse_index(data: bytes) -> ShardIndex:
+def parse_index(data: bytes | memoryview) -> ShardIndex:
     """The index in these bytes. Raises `ValueError` with the reason if it is none, or not one of this
     version.
     """
@@ -202,7 +202,7 @@ def parse_index(data: bytes) -> ShardIndex:
     )
 
 
-def read_parquet(data: bytes, schema: pa.Schema) -> pa.Table:
+def read_parquet(data: bytes | memoryview, schema: pa.Schema) -> pa.Table:
     """The Parquet file in these bytes, which must hold just these columns; `ValueError` with the reason if
     not.
     """

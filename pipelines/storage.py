@@ -9,11 +9,12 @@ What the rest of the project relies on, and what the kinds that can be written t
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from pipelines import aside
@@ -45,6 +46,10 @@ class ObjectInfo:
     version: str = field(default="", compare=False)
 
 
+Memory = Callable[[int], memoryview]
+"""Gives so many writable bytes, whose content is undefined."""
+
+
 class Storage(Protocol):
     """Objects below one prefix.  Keys are relative to it, with `/` between their parts."""
 
@@ -57,6 +62,10 @@ class Storage(Protocol):
 
     def get(self, key: str) -> bytes:
         """The whole object; raises `ObjectMissing`."""
+        ...
+
+    def get_into(self, key: str, memory: Memory) -> memoryview:
+        """As `get`, in memory that `memory` gives."""
         ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
@@ -144,6 +153,12 @@ def checked_key(key: str) -> str:
     return key
 
 
+def read_file_into(file: BinaryIO, memory: Memory) -> memoryview:
+    """What an open file holds, as much as it held when this began, or less where it has been cut."""
+    room = memory(os.fstat(file.fileno()).st_size)
+    return room[: file.readinto(room)]  # type: ignore[attr-defined]  # BinaryIO lacks it
+
+
 # a folder, or something below a file, is no object
 _NO_OBJECT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -176,22 +191,27 @@ class FileStorage:
         return StorageError(f"{self._path(key)}: {error.strerror or one_line(error)}")
 
     def get(self, key: str) -> bytes:
+        with self._reading(key) as file:
+            return file.read()
+
+    def get_into(self, key: str, memory: Memory) -> memoryview:
+        with self._reading(key) as file:
+            return read_file_into(file, memory)
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[BinaryIO]:
         try:
-            return self._path(key).read_bytes()
+            with self._path(key).open("rb") as file:
+                yield file
         except _NO_OBJECT:
             raise ObjectMissing(str(self._path(key))) from None
         except OSError as error:
             raise self._error(key, error) from None
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        try:
-            with self._path(key).open("rb") as file:
-                file.seek(start)
-                data = file.read(length)
-        except _NO_OBJECT:
-            raise ObjectMissing(str(self._path(key))) from None
-        except OSError as error:
-            raise self._error(key, error) from None
+        with self._reading(key) as file:
+            file.seek(start)
+            data = file.read(length)
         if len(data) != length:
             raise ObjectTooShort(
                 f"{self._path(key)}: {len(data)} of {length} bytes at {start}: the object is too short"

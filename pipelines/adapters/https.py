@@ -18,8 +18,9 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
 from pipelines.errors import UserError, one_line, printable, without_password
-from pipelines.retries import TryAgain, insist, read_steadily
+from pipelines.retries import Read1, TryAgain, insist, read_steadily, read_steadily_into
 from pipelines.storage import (
+    Memory,
     NoRanges,
     ObjectInfo,
     ObjectMissing,
@@ -29,6 +30,7 @@ from pipelines.storage import (
 )
 
 Result = TypeVar("Result")
+Data = TypeVar("Data", bytes, memoryview)
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
@@ -90,10 +92,16 @@ class HttpStorage:
         return HttpStorage("/".join([self._uri, *(quote(checked_key(part)) for part in parts)]))
 
     def get(self, key: str) -> bytes:
-        def accept(response: urllib3.BaseHTTPResponse) -> bytes:
+        return self._get(key, read_steadily)
+
+    def get_into(self, key: str, memory: Memory) -> memoryview:
+        return self._get(key, functools.partial(read_steadily_into, memory))
+
+    def _get(self, key: str, read: Callable[[Read1, int], Data]) -> Data:
+        def accept(response: urllib3.BaseHTTPResponse) -> Data:
             if response.status != 200:
                 raise TryAgain(f"the server answered {response.status} to a request for the whole")
-            return _body(response, _stated_length(response, f"{self._uri}/{key}"))
+            return _body(response, _stated_length(response, f"{self._uri}/{key}"), read)
 
         return self._ask("GET", key, {}, accept)
 
@@ -117,7 +125,7 @@ class HttpStorage:
                 raise TryAgain(
                     f"could not be read whole: asked for bytes {span[0]}-{span[1]}, got another part"
                 )
-            return _body(response, length)
+            return _body(response, length, read_steadily)
 
         return self._ask("GET", key, {"Range": f"bytes={span[0]}-{span[1]}"}, accept)
 
@@ -246,8 +254,10 @@ def _size(digits: str) -> int:
     return int(digits)
 
 
-def _body(response: urllib3.BaseHTTPResponse, expected: int | None) -> bytes:
-    data = read_steadily(lambda most: response.read1(most, decode_content=False), expected or 0)
+def _body(
+    response: urllib3.BaseHTTPResponse, expected: int | None, read: Callable[[Read1, int], Data]
+) -> Data:
+    data = read(lambda most: response.read1(most, decode_content=False), expected or 0)
     if expected is not None and len(data) != expected:
         raise TryAgain(f"could not be read whole: {len(data)} of {expected} bytes came")
     return data

@@ -31,8 +31,9 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from pipelines.errors import UserError, one_line, printable, without_password
-from pipelines.retries import TryAgain, insist, read_steadily
+from pipelines.retries import Read1, TryAgain, insist, read_steadily, read_steadily_into
 from pipelines.storage import (
+    Memory,
     NoRanges,
     ObjectInfo,
     ObjectMissing,
@@ -42,6 +43,7 @@ from pipelines.storage import (
 )
 
 Result = TypeVar("Result")
+Data = TypeVar("Data", bytes, memoryview)
 
 CONNECT_TIMEOUT_S = 5
 # without a byte; how slowly a body may come is `retries.Pace`
@@ -196,12 +198,18 @@ class S3Storage:
         return StorageError(f"{what}: {where} refused: {said}")
 
     def get(self, key: str) -> bytes:
-        uri = f"{self.uri}/{key}"
-        doubted: list[bytes] = []
+        return self._get(key, read_steadily)
 
-        def attempt(s3: Any) -> bytes:
+    def get_into(self, key: str, memory: Memory) -> memoryview:
+        return self._get(key, functools.partial(read_steadily_into, memory))
+
+    def _get(self, key: str, read: Callable[[Read1, int], Data]) -> Data:
+        uri = f"{self.uri}/{key}"
+        doubted: list[Data] = []
+
+        def attempt(s3: Any) -> Data:
             response = s3.get_object(Bucket=self._bucket, Key=self._key(key))
-            data = _body(response, _stated_length(response, uri))
+            data = _body(response, _stated_length(response, uri), read)
             # the same bytes a second time: then this server's ETag is no MD5
             small = len(data) <= ETAG_CHECK_MAX_BYTES
             if small and _contradicts_etag(response, data) and data not in doubted:
@@ -235,7 +243,7 @@ class S3Storage:
             if not given or (int(given[1]), int(given[2])) != (start, start + length - 1):
                 response["Body"].close()
                 raise TryAgain(f"could not be read whole: asked for {span}, the server gave another part")
-            return _body(response, length)
+            return _body(response, length, read_steadily)
 
         return self._call(uri, attempt)
 
@@ -346,11 +354,11 @@ def _stated_length(response: Any, uri: str) -> int:
     return int(length)
 
 
-def _body(response: Any, expected: int) -> bytes:
+def _body(response: Any, expected: int, read: Callable[[Read1, int], Data]) -> Data:
     """All bytes of an answer; `TryAgain` where there are not as many as `expected`, or the line breaks."""
     try:
         # botocore's own stream can only wait for all that is asked for, a byte a second included
-        data = read_steadily(response["Body"]._raw_stream.read1, expected)
+        data = read(response["Body"]._raw_stream.read1, expected)
     except TryAgain:
         response["Body"].close()
         raise
@@ -366,11 +374,11 @@ def _check_stored(s3: Any, place: dict[str, str], data: bytes, answer: Any) -> N
     if _contradicts_etag(answer, data):
         response = s3.get_object(**place)
         uri = f"s3://{place['Bucket']}/{place['Key']}"
-        if _body(response, _stated_length(response, uri)) != data:
+        if _body(response, _stated_length(response, uri), read_steadily) != data:
             raise TryAgain("was altered on its way to the server")
 
 
-def _contradicts_etag(response: Any, data: bytes) -> bool:
+def _contradicts_etag(response: Any, data: bytes | memoryview) -> bool:
     """Whether the ETag has the form of the MD5 that it is for an object written by one plain PUT, and is not it."""
     etag = response.get("ETag", "").strip('"').lower()
     keyed = "SSECustomerAlgorithm" in response or response.get("ServerSideEncryption", "AES256") != "AES256"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from pipelines.buffers import Buffers
 from pipelines.reader import fetch_verified
 from pipelines.shards import sha256
 from pipelines.storage import Storage, open_storage
@@ -63,9 +64,13 @@ def test_no_wrong_byte_is_taken(
 def read_all(storage: Storage, keys: Sequence[str], hashes: dict[str, str]) -> list[bytes]:
     """Half of them as a reader of shards does, half without knowing their hash."""
 
+    memory = Buffers(spare=2).bytes
+
     def read(number: int) -> bytes:
         key = keys[number]
-        return fetch_verified(storage, key, hashes[key]) if number % 2 else storage.get(key)
+        if number % 2:
+            return bytes(fetch_verified(storage, key, hashes[key], memory))
+        return storage.get(key)
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(read, range(len(keys))))

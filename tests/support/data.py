@@ -20,7 +20,7 @@ from pipelines.dataset import FORMAT, RECORD_KEY, SHARDS_KEY, VERSION, Dataset, 
 from pipelines.entries import Entries, Entry
 from pipelines.images import encode_png
 from pipelines.shards import PackedShard, Sample, pack, sha256
-from pipelines.storage import ObjectInfo, Storage, open_storage
+from pipelines.storage import Memory, ObjectInfo, Storage, open_storage
 
 
 def random_images(count: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> NDArray[np.uint8]:
@@ -142,6 +142,12 @@ class WatchedStorage:
             self.gets[key] += 1
             time = self.gets[key]
         return self._on_get(key, self.inner.get(key), time)
+
+    def get_into(self, key: str, memory: Memory) -> memoryview:
+        data = self.get(key)
+        into = memory(len(data))
+        into[:] = data
+        return into
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self._lock:

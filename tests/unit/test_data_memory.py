@@ -10,7 +10,7 @@ import pytest
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import Dataset
 from pipelines.shard_reader import ShardReader, fetch_verified
-from pipelines.storage import Storage
+from pipelines.storage import Memory, Storage
 from tests.support.data import dataset_of
 
 
@@ -57,10 +57,12 @@ class Watched:
             self.dataset, "train", int(room * max(sizes)), parallel=1, fetch=self._fetch
         )
 
-    def _fetch(self, storage: Storage, key: str, expected: str) -> bytes:
+    def _fetch(
+        self, storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
+    ) -> bytes | memoryview:
         if key.endswith(".tar"):
             self.fetched.append(int(key[-5]))
-        return fetch_verified(storage, key, expected)
+        return fetch_verified(storage, key, expected_sha256, memory)
 
     def read(self, *shards: int) -> None:
         for shard in shards:

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_core import rng
-from pipelines import reader
+from pipelines import reader, shard_reader
+from pipelines.buffers import Buffers
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset
 from pipelines.images import encode_png, to_model
@@ -534,13 +536,28 @@ def test_a_split_without_samples_is_named(tmp_path: Path) -> None:
 STREAMS, PREFETCH, FETCHERS = 2, 2, 4
 
 
-def held_over_an_epoch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """The most shards, and the most micro-batches, that were held at any time, by whatever part of the reader."""
-    shards, parts = Held(), Held()
-    tar_bytes = dataset.splits["train"][0].num_bytes
+def held_over_an_epoch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int]:
+    """The most shards, pieces of memory for such, and micro-batches, that were held at any time, by whatever part of
+    the reader.
+    """
+    shards, memories, parts = Held(), Held(), Held()
+    known: set[int] = set()
 
-    def count(key: str, data: bytes, time: int) -> bytes:
-        return shards.out(data) if key.endswith(".tar") else data
+    class CountedBuffers(Buffers):
+        def _array(self, num_bytes: int) -> NDArray[np.uint8]:
+            array = super()._array(num_bytes)
+            shards.add(1)
+            weakref.finalize(array, shards.add, -1)
+            return array
+
+        def _memory(self, num_bytes: int) -> NDArray[np.uint8]:
+            memory = super()._memory(num_bytes)
+            if id(memory) not in known:
+                known.add(id(memory))
+                memories.add(1)
+                weakref.finalize(memory, known.discard, id(memory))
+                weakref.finalize(memory, memories.add, -1)
+            return memory
 
     class Counted(MicroBatch):
         def __init__(self, *values: Any) -> None:
@@ -549,16 +566,12 @@ def held_over_an_epoch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> tup
             weakref.finalize(self, parts.add, -1)
 
     monkeypatch.setattr(reader, "MicroBatch", Counted)
+    monkeypatch.setattr(shard_reader, "Buffers", CountedBuffers)
     options = {"seed": 0, "num_streams": STREAMS, "streams": range(STREAMS), "micro_batch_size": 3}
-    with StreamBatches(
-        through(dataset, watched(dataset, count)),
-        "train",
-        prefetch=PREFETCH,
-        **options,  # type: ignore[arg-type]
-    ) as stream:
+    with StreamBatches(dataset, "train", prefetch=PREFETCH, **options) as stream:  # type: ignore[arg-type]
         for _ in range(dataset.count("train") // 6):
             next(stream)
-    return -(-shards.peak // tar_bytes), parts.peak
+    return shards.peak, memories.peak, parts.peak
 
 
 def test_however_many_the_data_are_only_so_many_shards_and_batches_are_held(
@@ -575,8 +588,10 @@ def test_however_many_the_data_are_only_so_many_shards_and_batches_are_held(
     most_shards = (2 * STREAMS + 1) + STREAMS + FETCHERS
     # those that wait; that which the thread has put there last, makes now, and the consumer has
     most_batches = (PREFETCH + 3) * STREAMS
-    held_shards, held_batches = held_over_an_epoch(dataset, monkeypatch)
+    held_shards, held_memory, held_batches = held_over_an_epoch(dataset, monkeypatch)
     assert 2 * STREAMS <= held_shards <= most_shards
+    # and what waits for the next shards
+    assert held_memory <= most_shards + shard_reader._SPARE_SHARDS
     assert held_batches <= most_batches
     # a reader that keeps what it has read would be seen
     monkeypatch.setattr(WeightedLRU, "_over", lambda self: False)

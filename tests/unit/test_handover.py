@@ -31,6 +31,7 @@ def test_all_comes_in_order_and_never_more_than_size_ahead() -> None:
         for number in range(200):
             put.append(number)
             assert handover.put(number)
+        handover.flush()
 
     thread = started(produce)
     for number in range(200):
@@ -38,6 +39,32 @@ def test_all_comes_in_order_and_never_more_than_size_ahead() -> None:
         # three wait, one is being put, one has just been taken
         assert len(put) <= number + 5
     assert ended(thread)
+
+
+def test_a_consumer_that_found_nothing_sleeps_until_it_is_full_or_flushed() -> None:
+    handover = Handover[int](3)
+    got: list[int] = []
+    thread = started(lambda: got.extend(handover.get() for _ in range(5)))
+    for number in range(2):
+        assert handover.put(number)
+    thread.join(0.2)
+    assert got == []
+    assert handover.put(2)
+    while len(got) < 3:
+        thread.join(0.01)
+    assert handover.put(3)
+    assert handover.put(4)
+    thread.join(0.2)
+    assert thread.is_alive()
+    handover.flush()
+    assert ended(thread)
+    assert got == [0, 1, 2, 3, 4]
+
+
+def test_what_is_there_is_had_without_waiting() -> None:
+    handover = Handover[int](3)
+    assert handover.put(1)
+    assert handover.get() == 1
 
 
 def test_a_full_one_makes_its_producer_wait() -> None:

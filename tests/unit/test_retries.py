@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 import pytest
 
+from pipelines import retries
+from pipelines.buffers import Buffers
 from pipelines.errors import UserError
-from pipelines.retries import Budget, Pace, TryAgain, insist, read_steadily
+from pipelines.retries import Budget, Pace, Read1, TryAgain, insist, read_steadily, read_steadily_into
 
 
 def test_pauses_double_up_to_the_longest_and_are_drawn_from_their_upper_half() -> None:
@@ -148,7 +151,26 @@ def test_a_body_that_is_too_slow_is_given_up(
     assert told in str(caught.value)
 
 
+def given(*pieces: bytes) -> Read1:
+    coming = iter(pieces)
+    return lambda _: next(coming, b"")
+
+
 @pytest.mark.parametrize("expected", [0, 1, 299, 300, 301, 10**6, 2**26, 2**62])
 def test_a_body_is_what_came_whatever_was_expected(expected: int) -> None:
-    came = [b"a" * 100, b"b" * 200, b""]
-    assert read_steadily(lambda _: came.pop(0), expected) == b"a" * 100 + b"b" * 200
+    for read in (read_steadily, partial(read_steadily_into, Buffers().bytes)):
+        assert read(given(b"a" * 100, b"b" * 200), expected) == b"a" * 100 + b"b" * 200
+
+
+def test_a_servers_word_takes_no_more_memory_than_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_MOST_TRUSTED", 1000)
+    asked: list[int] = []
+
+    def memory(num_bytes: int) -> memoryview:
+        asked.append(num_bytes)
+        return memoryview(bytearray(num_bytes))
+
+    pieces = [bytes([number]) * 700 for number in range(7)]
+    assert read_steadily_into(memory, given(*pieces), 10**12) == b"".join(pieces)
+    # twice as much as there was
+    assert asked == [1000, 2000, 4000, 8000]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipelines.adapters.s3 import S3Storage, _client
+from pipelines.buffers import Buffers
 from pipelines.errors import UserError
 from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
 from tests.support.s3 import BUCKET, SERVERS, S3Server, free_port, use_endpoint, use_server
@@ -57,6 +58,21 @@ def test_put_replaces_and_may_be_empty(storage: Storage) -> None:
     storage.put("x", b"")
     assert storage.get("x") == b""
     assert storage.list() == [ObjectInfo("x", 0)]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 300_000, 2**21 + 1])
+def test_an_object_can_be_had_in_given_memory(storage: Storage, num_bytes: int) -> None:
+    storage.put("x", bytes(range(256)) * 8193)
+    storage.put("x", (bytes(range(256)) * 8193)[:num_bytes])
+    asked: list[int] = []
+
+    def memory(num_bytes: int) -> memoryview:
+        asked.append(num_bytes)
+        return memoryview(bytearray(b"?" * num_bytes))
+
+    got = storage.get_into("x", memory)
+    assert bytes(got) == (bytes(range(256)) * 8193)[:num_bytes] == storage.get("x")
+    assert asked == [num_bytes]
 
 
 def test_a_version_changes_with_the_content(storage: Storage) -> None:
@@ -198,14 +214,16 @@ def test_a_folder_that_goes_while_something_is_written_into_it_comes_back(
 def test_a_missing_object_is_named(storage: Storage, key: str) -> None:
     storage.put("folder/y", b"")
     storage.put("file", b"")
-    with pytest.raises(ObjectMissing, match=key):
-        storage.get(key)
+    for attempt in (lambda: storage.get(key), lambda: storage.get_into(key, Buffers().bytes)):
+        with pytest.raises(ObjectMissing, match=key):
+            attempt()
 
 
 @pytest.mark.parametrize("key", HOSTILE)
 def test_hostile_keys_are_refused_by_everything(storage: Storage, key: str) -> None:
     attempts: list[Callable[[], object]] = [
         lambda: storage.get(key),
+        lambda: storage.get_into(key, Buffers().bytes),
         lambda: storage.get_range(key, 0, 1),
         lambda: storage.put(key, b""),
         lambda: storage.put_if_absent(key, b""),

@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from pipelines import retries
 from pipelines.adapters import https
+from pipelines.buffers import Buffers
 from pipelines.dataset import DataError, Dataset
 from pipelines.reader import StreamBatches
 from pipelines.retries import Budget, Pace
@@ -114,6 +115,9 @@ def test_trouble_that_passes(web: tuple[HostileS3, Storage], trouble: str) -> No
     server, storage = web
     server.script = lambda method, path, number: trouble if number <= 3 else ""
     assert storage.get("x") == BODY
+    server.requests.clear()
+    assert storage.get_into("x", Buffers().bytes) == BODY
+    assert len(server.requests) == 4
     server.requests.clear()
     assert storage.get_range("x", 100, 2000) == BODY[100:2100]
     assert len(server.requests) == 4
