@@ -101,11 +101,17 @@ def pack(samples: Iterable[Sample]) -> PackedShard:
     A sample's members are `<key>.png` or `<key>.jpg`, `<key>.cls` (the class number in decimal) if it has a
     label, and the further ones, in the order of their extensions. Raises `ValueError` as `check_members`.
     """
-    given = list(samples)
+    # no sample is kept: the interpreter's collector would look at thousands of living tuples again and again
+    keys: list[str] = []
+    images: list[bytes] = []
+    labels: list[int] = []
     names: list[str] = []
     bodies: list[bytes] = []
     places: list[int] = []
-    for key, data, label, further in given:
+    for key, data, label, further in samples:
+        keys.append(key)
+        images.append(data)
+        labels.append(label)
         image = extension_of(data)
         if further:
             check_members(data, label, further)
@@ -123,15 +129,14 @@ def pack(samples: Iterable[Sample]) -> PackedShard:
         bodies.append(data)
     tar, offsets = tar_of(names, bodies)
     tar_sha256 = sha256(tar)
-    keys, images, labels, _ = zip(*given, strict=True) if given else ((), (), (), ())
     columns: Columns = {
         "key": keys,
         "offset": offsets[places],
         "length": list(map(len, images)),
         "label": labels,
-        "crc32c": list(map(crc32c, images)),
+        "crc32c": list(map(google_crc32c.value, images)),
     }
-    return PackedShard(tar, index_of(columns, tar_sha256, len(tar)), len(given), tar_sha256)
+    return PackedShard(tar, index_of(columns, tar_sha256, len(tar)), len(keys), tar_sha256)
 
 
 def index_of(

@@ -537,8 +537,8 @@ STREAMS, PREFETCH, FETCHERS = 2, 2, 4
 
 
 def held_over_an_epoch(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int]:
-    """The most shards, pieces of memory for such, and micro-batches, that were held at any time, by whatever part of
-    the reader.
+    """The most shards, pieces of memory for such, and micro-batches, that were held at any time, by whatever part
+    of the reader.
     """
     shards, memories, parts = Held(), Held(), Held()
     known: set[int] = set()
