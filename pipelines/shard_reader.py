@@ -291,7 +291,7 @@ class ShardReader:
 
     def _fetched(self, shard: Shard) -> _LoadedShard | RangedShard:
         storage = self._dataset.storage
-        raw_index = self._fetch(storage, shard.index_key, shard.index_sha256)
+        raw_index = self._fetch(storage, shard.index_key, shard.index_sha256, _fresh)
         try:
             index = parse_index(raw_index)
             if (index.count, index.tar_sha256, index.tar_num_bytes) != (
@@ -309,6 +309,10 @@ class ShardReader:
             return _LoadedShard(tar, index.offset, index)
         spans = zip(index.offset.tolist(), index.length.tolist(), strict=True)
         return _end_to_end((tar[offset : offset + length] for offset, length in spans), index)
+
+
+def _fresh(num_bytes: int) -> memoryview:
+    return memoryview(bytearray(num_bytes))
 
 
 def _server(uri: str) -> str:

@@ -65,7 +65,7 @@ class Storage(Protocol):
         ...
 
     def get_into(self, key: str, memory: Memory) -> memoryview:
-        """As `get`, in memory that `memory` gives."""
+        """As `get`, in memory that `memory` gives; for who knows the object's hash and compares it himself."""
         ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes:

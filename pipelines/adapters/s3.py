@@ -48,7 +48,7 @@ Data = TypeVar("Data", bytes, memoryview)
 CONNECT_TIMEOUT_S = 5
 # without a byte; how slowly a body may come is `retries.Pace`
 READ_TIMEOUT_S = 30
-# Up to this size an object that is read is compared with its ETag. Larger ones are shards and weights, which
+# Up to this size an object that `get` reads is compared with its ETag. Larger ones are shards and weights, which
 # their reader compares with a SHA-256; hashing them twice would cost a good part of the reading.
 ETAG_CHECK_MAX_BYTES = 2**20
 
@@ -198,24 +198,29 @@ class S3Storage:
         return StorageError(f"{what}: {where} refused: {said}")
 
     def get(self, key: str) -> bytes:
-        return self._get(key, read_steadily)
+        doubted: list[bytes] = []
 
-    def get_into(self, key: str, memory: Memory) -> memoryview:
-        return self._get(key, functools.partial(read_steadily_into, memory))
-
-    def _get(self, key: str, read: Callable[[Read1, int], Data]) -> Data:
-        uri = f"{self.uri}/{key}"
-        doubted: list[Data] = []
-
-        def attempt(s3: Any) -> Data:
-            response = s3.get_object(Bucket=self._bucket, Key=self._key(key))
-            data = _body(response, _stated_length(response, uri), read)
+        def checked(response: Any, data: bytes) -> bytes:
             # the same bytes a second time: then this server's ETag is no MD5
             small = len(data) <= ETAG_CHECK_MAX_BYTES
             if small and _contradicts_etag(response, data) and data not in doubted:
                 doubted.append(data)
                 raise TryAgain("was altered on its way: its bytes are not those of its ETag")
             return data
+
+        return self._get(key, read_steadily, checked)
+
+    def get_into(self, key: str, memory: Memory) -> memoryview:
+        return self._get(key, functools.partial(read_steadily_into, memory), lambda _, data: data)
+
+    def _get(
+        self, key: str, read: Callable[[Read1, int], Data], checked: Callable[[Any, Data], Data]
+    ) -> Data:
+        uri = f"{self.uri}/{key}"
+
+        def attempt(s3: Any) -> Data:
+            response = s3.get_object(Bucket=self._bucket, Key=self._key(key))
+            return checked(response, _body(response, _stated_length(response, uri), read))
 
         return self._call(uri, attempt)
 
@@ -378,7 +383,7 @@ def _check_stored(s3: Any, place: dict[str, str], data: bytes, answer: Any) -> N
             raise TryAgain("was altered on its way to the server")
 
 
-def _contradicts_etag(response: Any, data: bytes | memoryview) -> bool:
+def _contradicts_etag(response: Any, data: bytes) -> bool:
     """Whether the ETag has the form of the MD5 that it is for an object written by one plain PUT, and is not it."""
     etag = response.get("ETag", "").strip('"').lower()
     keyed = "SSECustomerAlgorithm" in response or response.get("ServerSideEncryption", "AES256") != "AES256"
