@@ -54,7 +54,7 @@ BATCH = 64
 DIFFERENT = 256
 # side, samples, samples a shard: shards of 16 MiB and of 9.8 MiB; so many samples that a beginning, when nothing is
 # fetched yet and all memory is new, is no large part
-KINDS = {"PNG 32×32": (32, 32_768, 4096), "JPEG 256×256": (256, 8192, 512)}
+KINDS = {"PNG 32×32": (32, 65_536, 4096), "JPEG 256×256": (256, 8192, 512)}
 LIBRARY = {32: "pyspng", 256: "simplejpeg"}
 Images = Iterator[NDArray[np.uint8] | torch.Tensor]
 
