@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     run = open_run(config)
     schedule = Schedule.from_config(config.schedule)
     if arguments.dry_run:
+        run.dataset.check_all_there()
         print(training_plan(run))
         # the plan has the warnings; what else is odd about the betas is worth a look before a run, and no fault
         said = schedule.warnings()
@@ -68,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     if done >= config.train.steps:
         print(f"run {run.name}: trained {done} steps already; {run.storage.uri}")
         return 0
+    # before hours of work that could not come to its end
+    run.dataset.check_all_there()
     _check_tracking()
     start = f", from the checkpoint of step {done}" if done else ""
     # a worker reads it whole, and tells of the one that it goes on from

@@ -15,7 +15,7 @@ from pathlib import Path
 from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
 from pipelines.errors import UserError, printable
 from pipelines.png import PngEncoder, check_encoder, libraries
-from pipelines.prepare_commit import check_writable, claim, commit, discard, finished, incomplete
+from pipelines.prepare_commit import check_writable, claim, commit, discard, finished
 from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, Plan, plan_shards
 from pipelines.prepare_shards import (
     MAX_NAMED,
@@ -92,7 +92,7 @@ def prepare(
     }
     existing = finished(storage, options, found.state)
     if existing is not None:
-        if not (damage := incomplete(existing)):
+        if not (damage := existing.missing()):
             return existing
         log.warning("%s: made again", "; ".join(damage))
     plan = plan_shards(found.entries, seed, test_fraction, shard_count, samples_per_shard)

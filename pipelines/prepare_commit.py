@@ -54,24 +54,6 @@ def finished(storage: Storage, options: Mapping[str, Any], state: str = "") -> D
     return dataset
 
 
-def incomplete(dataset: Dataset) -> list[str]:
-    """The objects of a data set that are missing or of another size, by one listing a split; a phrase each.
-
-    A change of bytes is not seen; `ddpm verify` reads them.
-    """
-    damage = []
-    for split, shards in dataset.splits.items():
-        sizes = {info.key: info.num_bytes for info in dataset.storage.list(f"{split}/")}
-        for shard in shards:
-            if "://" in shard.key:
-                continue  # a tar that stays elsewhere
-            if sizes.get(shard.key) != shard.num_bytes:
-                damage.append(f"{dataset.uri_of(shard)} is missing or not {shard.num_bytes} bytes long")
-            if shard.index_key not in sizes:
-                damage.append(f"{dataset.uri}/{shard.index_key} is missing")
-    return damage
-
-
 def claim(
     storage: Storage, options: Mapping[str, Any], state: str = "", libraries: str = "", *, take: bool = True
 ) -> None:

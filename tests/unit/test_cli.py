@@ -22,6 +22,7 @@ from infra.local import Stack, StackError
 from jobs import cli, common
 from pipelines import evaluate, evaluation_pictures, features
 from pipelines.checkpoints import Checkpoints
+from pipelines.dataset import Dataset
 from pipelines.errors import UserError, one_line
 from pipelines.sample_set import SampleSet
 from pipelines.storage import open_storage
@@ -247,6 +248,20 @@ def test_without_data_it_says_how_to_make_some(command: str, ddpm: Outcome, tmp_
     found = mistake(ddpm(command, "--config", str(tmp_path / "tiny.yaml"), *where))
     assert "ddpm prepare" in found
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_missing_of_a_data_set_is_said_before_any_work(
+    ddpm: Outcome, tiny: list[str], tmp_path: Path
+) -> None:
+    dataset = Dataset.load(str(tmp_path / "data"))
+    gone = [dataset.shards("train")[0].key, dataset.shards("test")[0].index_key]
+    dataset.storage.delete(gone)
+    for command in (["--dry-run"], ["--local"]):
+        code, _, said = ddpm("train", *tiny, *STEPS, *command)
+        assert (code, said.count("\n")) == (2, 1), said
+        for part in (f"{dataset.uri}/{gone[0]} is missing", "and 1 more: `ddpm verify ", "what to do"):
+            assert part in said
+    assert not list((tmp_path / "results").glob("runs/*"))
 
 
 def test_train_sample_and_again_in_this_process(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:
