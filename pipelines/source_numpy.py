@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.columns import Coded, Numbered, pieces
 from pipelines.entries import Entries
@@ -97,7 +98,7 @@ def open_arrays(path: Path, labels: str | None, image: str | None, label: str | 
     ):
         raise UserError(
             f"source: {where}: array {chosen!r} must be uint8 [N, H, W] or [N, H, W, 1 or 3], got "
-            f"{pixels.dtype} {list(pixels.shape)}"
+            f"{pixels.dtype} {list(pixels.shape)}{_advice(pixels)}"
         )
     if 0 in pixels.shape:
         raise UserError(f"source: {where}: array {chosen!r} of shape {list(pixels.shape)} holds no image")
@@ -105,9 +106,11 @@ def open_arrays(path: Path, labels: str | None, image: str | None, label: str | 
         if label is not None:
             raise UserError(f"--labels {labels}, --label {label}: give one of them")
         values = next(iter(_load(Path(labels).expanduser(), "--labels ").values()), None)
+        told = f"--labels {printable(labels)}"
     else:
         named = _choose(where, arrays, label, _LABELS, "--label")
         values = None if named is None else arrays.pop(named)
+        told = f"source: {where}: array {named!r}"
     count = len(pixels)
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != count:
@@ -115,7 +118,7 @@ def open_arrays(path: Path, labels: str | None, image: str | None, label: str | 
                 f"source: {where}: array {name!r} has the shape {list(array.shape)}, and there are {count} images"
             )
     _check_names(where, arrays)
-    classes, numbers = number_labels(where, [_labels(where, values, count)], name_of=lambda n: f"image {n}")
+    classes, numbers = number_labels(where, [_labels(told, values, count)], name_of=lambda n: f"image {n}")
     reader = _ArrayReader(path.absolute(), chosen, tuple(sorted(arrays)), {chosen: pixels, **arrays})
     # the whole content, since two arrays of one shape have one size
     digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
@@ -178,11 +181,20 @@ def _choose(
     return asked
 
 
-def _labels(where: str, values: Any, count: int) -> Coded[Any]:
+def _advice(pixels: NDArray[Any]) -> str:
+    if pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.shape[3] not in (1, 3):
+        return ": put the channels last, array.transpose(0, 2, 3, 1)"
+    if pixels.dtype.kind == "f":
+        return ": of numbers from 0 to 1 (255 * array).round().astype('uint8') makes such"
+    return ""
+
+
+def _labels(told: str, values: Any, count: int) -> Coded[Any]:
     if values is None:
         return Coded((None,), np.zeros(count, np.uint8))
     if values.shape != (count,) or values.dtype.kind not in "iuU":
         raise UserError(
-            f"source: {where}: labels must be integers or texts [{count}], got {values.dtype} {list(values.shape)}"
+            f"{told}: must be integers or texts [{count}], one for each image, got {values.dtype} "
+            f"{list(values.shape)}"
         )
     return Coded.of(pieces(values))

@@ -29,7 +29,7 @@ from pipelines.sources import (
     warn_passed_over,
 )
 from pipelines.storage import Storage
-from pipelines.tars import TarError, TarSample, buffered, comes_back, grouped, walk
+from pipelines.tars import DamagedTar, TarError, TarSample, buffered, comes_back, grouped, walk
 
 if TYPE_CHECKING:
     from pipelines.prepare_shards import Workers
@@ -113,7 +113,8 @@ def list_tar(
     if again := sorted(repeated(names).values(), key=lambda rows: rows[1])[:1]:
         mistake = comes_back(names[again[0][0]])
     if mistake is not None:
-        raise UserError(f"source: {where}: {mistake}") from None
+        advice = "; copy it here once more, or leave it out" if isinstance(mistake, DamagedTar) else ""
+        raise UserError(f"source: {where}: {mistake}{advice}") from None
     return Listed(
         key,
         num_bytes,

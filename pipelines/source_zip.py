@@ -48,6 +48,11 @@ def open_zip(path: Path, labels: str | None) -> Source:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if path.suffix.lower() == ".zip":
+            raise UserError(
+                f"source: {printable(str(path))}: can't be read as a zip ({one_line(error, 120)}): it may be cut; "
+                "copy it here once more"
+            ) from None
         raise UserError(
             f"source: {printable(str(path))} is neither a folder nor a readable zip ({one_line(error, 120)}): give "
             f"{KINDS}"

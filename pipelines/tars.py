@@ -43,6 +43,10 @@ class TarError(ValueError):
     """Why a tar can't be taken; the message names the member or the byte, not the tar."""
 
 
+class DamagedTar(TarError):
+    """It is not as it was written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A regular file in a tar: its name, without `./` in front, and where its `size` bytes begin."""
@@ -78,7 +82,9 @@ def walk(read: Read, num_bytes: int) -> Iterator[Member]:
     at, name, pax = 0, None, dict[str, str]()
     while True:
         if at + BLOCK_BYTES > num_bytes:
-            raise TarError(f"it is cut short: after {num_bytes} bytes the end-of-archive marker has not come")
+            raise DamagedTar(
+                f"it is cut short: after {num_bytes} bytes the end-of-archive marker has not come"
+            )
         block = read(at, BLOCK_BYTES)
         if block == _EMPTY:
             _check_end(read, at, num_bytes)
@@ -86,13 +92,13 @@ def walk(read: Read, num_bytes: int) -> Iterator[Member]:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.TarError as error:
-            raise TarError(f"its header at byte {at} is damaged ({one_line(error, 60)})") from None
+            raise DamagedTar(f"its header at byte {at} is damaged ({one_line(error, 60)})") from None
         body = at + BLOCK_BYTES
         own = name or pax.get("path") or info.name
         size = _size(pax["size"], own) if "size" in pax else info.size
         at = body + -(-size // BLOCK_BYTES) * BLOCK_BYTES
         if size < 0 or body + size > num_bytes:
-            raise TarError(
+            raise DamagedTar(
                 f"it is cut short or damaged: member {printable(own)!r} of {size} bytes at byte {body} does not "
                 f"fit into its {num_bytes} bytes"
             )
@@ -120,7 +126,7 @@ def walk(read: Read, num_bytes: int) -> Iterator[Member]:
 
 def _check_end(read: Read, at: int, num_bytes: int) -> None:
     if num_bytes - at < 2 * BLOCK_BYTES:
-        raise TarError(f"it is cut short: its end-of-archive marker at byte {at} is not whole")
+        raise DamagedTar(f"it is cut short: its end-of-archive marker at byte {at} is not whole")
     while at < num_bytes:
         rest = read(at, min(_CHUNK_BYTES, num_bytes - at))
         if rest.count(0) != len(rest):
@@ -136,7 +142,7 @@ def _pax(text: bytes, at: int) -> dict[str, str]:
         record, text = text[:length], text[length:]
         name, equals, value = record[len(number) + 1 : -1].partition(b"=")
         if not equals or not record.endswith(b"\n"):
-            raise TarError(f"its extended header at byte {at} is damaged")
+            raise DamagedTar(f"its extended header at byte {at} is damaged")
         fields[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
     return fields
 

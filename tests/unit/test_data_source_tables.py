@@ -231,13 +231,23 @@ def test_an_npz_carries_labels_and_further_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "options", "said"),
     [
-        ({"images": np.zeros((3, 4, 4))}, {}, "must be uint8 [N, H, W] or [N, H, W, 1 or 3], got float64"),
-        ({"images": np.zeros((3, 1, 8, 8), np.uint8)}, {}, "got uint8 [3, 1, 8, 8]"),
+        (
+            {"images": np.zeros((3, 4, 4))},
+            {},
+            "must be uint8 [N, H, W] or [N, H, W, 1 or 3], got float64 [3, 4, 4]: of numbers from 0 to 1 "
+            "(255 * array).round().astype('uint8') makes such",
+        ),
+        (
+            {"images": np.zeros((3, 1, 8, 8), np.uint8)},
+            {},
+            "got uint8 [3, 1, 8, 8]: put the channels last, array.transpose(0, 2, 3, 1)",
+        ),
+        ({"images": np.zeros((3, 8), np.uint8)}, {}, "got uint8 [3, 8]"),
         ({"images": np.zeros((0, 8, 8), np.uint8)}, {}, "holds no image"),
         (
             {"images": np.zeros((3, 8, 8), np.uint8), "y": np.zeros(2, int)},
             {},
-            "integers or texts [3]",
+            "a.npz: array 'y': must be integers or texts [3], one for each image, got int64 [2]",
         ),
         ({"images": np.zeros((3, 8, 8), np.uint8), "z": np.zeros(2, int)}, {}, "array 'z' has the shape [2]"),
         ({"pictures": np.zeros((3, 8, 8), np.uint8)}, {}, "say with --image NAME"),
@@ -249,6 +259,15 @@ def test_arrays_that_are_no_images_are_named(
 ) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     assert said in refusal(tmp_path / "a.npz", **options)
+
+
+def test_labels_of_another_length_are_named_by_their_own_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8), np.uint8))
+    np.save(tmp_path / "labels.npy", np.zeros(2, int))
+    said = refusal(tmp_path / "a.npy", labels=str(tmp_path / "labels.npy"))
+    assert said.startswith(
+        f"--labels {tmp_path}/labels.npy: must be integers or texts [3], one for each image"
+    )
 
 
 def test_no_array_is_unpickled(tmp_path: Path) -> None:

@@ -223,15 +223,18 @@ def test_a_zip_member_that_points_outside_is_refused(tmp_path: Path, name: str) 
 
 
 def test_a_file_that_is_no_zip_or_one_cut_short_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.zip").write_text("these are words")
-    line = refusal(tmp_path / "a.zip")
+    (tmp_path / "a.words").write_text("these are words")
+    line = refusal(tmp_path / "a.words")
     assert (
         "is neither a folder nor a readable zip (File is not a zip file): give a folder of images or" in line
     )
     assert ".parquet, .npy or .npz file" in line
     whole = put_zip(tmp_path / "b.zip", {"a.png": encode_png(IMAGE[None])}).read_bytes()
     (tmp_path / "b.zip").write_bytes(whole[:-30])
-    assert "neither a folder nor a readable zip" in refusal(tmp_path / "b.zip")
+    assert (
+        "b.zip: can't be read as a zip (File is not a zip file): it may be cut; copy it here once more"
+        in refusal(tmp_path / "b.zip")
+    )
 
 
 def test_an_altered_zip_member_is_named_when_it_is_read(tmp_path: Path) -> None:
