@@ -174,6 +174,11 @@ def _write_shards(
     named = (
         {} if existing is None else {shard.key: shard for split in SPLITS for shard in existing.shards(split)}
     )
+    there = sum(f"{key.removesuffix('.tar')}.index.parquet" in sizes for key in sizes if key.endswith(".tar"))
+    if there and existing is None:
+        log.info(
+            "%s: shards left by an attempt that did not end: %d; going on from there", storage.uri, there
+        )
     total, done = len(source.entries), 0
     shards: dict[int, Shard] = {}
     bad: list[Bad] = []

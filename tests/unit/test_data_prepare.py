@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 from collections import Counter
 from importlib.metadata import PackageNotFoundError
@@ -243,8 +244,13 @@ def test_a_second_call_with_another_image_in_the_source_is_refused(photos: Path,
 
 @pytest.mark.parametrize("puts", [1, 2, 3, 6, 11, 12])
 def test_killed_after_any_put_it_is_completed_without_redoing_finished_shards(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, puts: int
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    puts: int,
 ) -> None:
+    caplog.set_level(logging.INFO, "pipelines.prepare")
     options: dict[str, Any] = {"shard_count": 4, "test_fraction": 0.2}
     prepare(str(photos), str(tmp_path / "undisturbed"), **options)
     left = puts
@@ -264,7 +270,12 @@ def test_killed_after_any_put_it_is_completed_without_redoing_finished_shards(
         Dataset.load(str(out))
     finished = {key.removesuffix(".index.parquet") for key in opened[0].puts if key.endswith("x.parquet")}
     opened = watch(monkeypatch)
+    assert caplog.messages == []
     prepare(str(photos), str(out), **options)
+    told = [
+        f"{out.as_uri()}: shards left by an attempt that did not end: {len(finished)}; going on from there"
+    ]
+    assert caplog.messages == (told if finished else [])
     assert not {key for key in opened[0].puts if key.split(".")[0] in finished}
     assert files(out) == files(tmp_path / "undisturbed")
 
