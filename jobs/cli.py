@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 
 from pipelines.errors import UserError
+from pipelines.logs import StderrHandler
 
 COMMANDS = {
     "up": "start the local stack: a Ray head, an S3 server, an MLflow server",
@@ -130,7 +131,7 @@ def configure_logging() -> None:
     for package in ("pipelines", "jobs", "infra"):
         logger = logging.getLogger(package)
         if not logger.handlers:
-            handler = logging.StreamHandler(sys.stderr)
+            handler = StderrHandler()
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             logger.addHandler(handler)
             logger.propagate = False

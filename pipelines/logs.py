@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO
 
 FORMAT = "%(asctime)s %(message)s"
 DATE_FORMAT = "%H:%M:%S"
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is when a record comes, and not when the handler was made: a notebook or a test
+    puts something else there meanwhile.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def configure_worker_logging() -> None:
