@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _sweep(config: Config, dataset: Dataset, storage: Storage) -> Sweep:
     """Run the trials and commit their record, with a tracked run of the sweep's own around theirs."""
     from pipelines.storage import open_storage
-    from pipelines.tracking import Row, RunDescription, end_tracking, ended, open_tracker
+    from pipelines.tracking import End, Row, RunDescription, end_tracking, ended, open_tracker
     from pipelines.tune_ray import run_sweep
     from pipelines.tuning import require_whole, sweep_identity, write_sweep
 
@@ -81,9 +81,9 @@ def _sweep(config: Config, dataset: Dataset, storage: Storage) -> Sweep:
     with ended(tracker):
         trials = run_sweep(config, storage, tracker.run_id)
         for trial in trials:
-            # Tune stops a trial by killing it, so the trial can't say so itself
-            if trial.status != "failed":
-                end_tracking(uri, open_storage(trial.run), "FINISHED")
+            # Tune stops a trial by killing it, and a worker may be lost, so the trial can't say so itself
+            end: End = "FAILED" if trial.status == "failed" else "FINISHED"
+            end_tracking(uri, open_storage(trial.run), end)
         require_whole(trials)
         picture = _picture(trials)
         storage.put("sweep.png", picture)

@@ -12,13 +12,12 @@ Item = TypeVar("Item")
 class Handover(Generic[Item]):
     """A queue of at most `size` things for one producer and one consumer, which either of them, or a third, closes.
 
-    A consumer that finds nothing sleeps until `size` things are there, or the producer says by `flush` that no more
-    come: each time that a thread is woken costs as much as decoding a dozen small images, and a consumer that is
-    faster than its producer loses nothing by sleeping longer and less often. A producer is woken at each place.
+    A consumer that finds nothing sleeps until no place is left, or the producer says by `flush` that no more come:
+    each time that a thread is woken costs as much as decoding a dozen small images, and a consumer that is faster
+    than its producer loses nothing by sleeping longer and less often. A producer is woken at each place.
     """
 
     def __init__(self, size: int) -> None:
-        self._size = size
         self._things: deque[Item] = deque()
         self._places: SimpleQueue[None] = SimpleQueue()
         for _ in range(size):
@@ -33,7 +32,7 @@ class Handover(Generic[Item]):
             self._places.get()
         if not self.closed:
             self._things.append(item)
-            if len(self._things) >= self._size:
+            if self._places.empty():
                 self.flush()
         return not self.closed
 

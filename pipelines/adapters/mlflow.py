@@ -127,14 +127,15 @@ def _create_experiment(client: MlflowClient, name: str) -> str:
 
 
 def end_mlflow_run(uri: str, run: Storage, end: End) -> None:
-    """Give the MLflow run recorded in the run's storage this end, unless it came to its own."""
+    """Give the MLflow run recorded in the run's storage this end, unless it has that or has finished."""
     run_id = tracked_as(run)
     if run_id is None:
         return
     client = MlflowClient(tracking_uri=uri)
     try:
-        if client.get_run(run_id).info.status in ("RUNNING", "FAILED"):
-            client.set_tag(run_id, "ddpm.stopped", "true")
+        if client.get_run(run_id).info.status not in ("FINISHED", end):
+            if end != "FAILED":
+                client.set_tag(run_id, "ddpm.stopped", "true")
             client.set_terminated(run_id, end)
     except _AWAY as error:
         log.warning("MLflow was not told of the end of run %s: %s", run_id, one_line(error, 160))

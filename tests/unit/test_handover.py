@@ -61,6 +61,48 @@ def test_a_consumer_that_found_nothing_sleeps_until_it_is_full_or_flushed() -> N
     assert got == [0, 1, 2, 3, 4]
 
 
+def test_what_comes_just_before_a_consumer_falls_asleep_is_not_slept_through() -> None:
+    class Between(Handover[int]):
+        """Its last thing comes when the consumer has found nothing and is not asleep yet."""
+
+        coming: tuple[int, ...] = (7,)
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "_sleeping" and value:
+                coming, self.coming = self.coming, ()
+                for item in coming:
+                    assert self.put(item)
+                    self.flush()
+            super().__setattr__(name, value)
+
+    handover, got = Between(3), list[int]()
+    assert ended(started(lambda: got.append(handover.get())))
+    assert got == [7]
+
+
+def test_a_consumer_that_is_awake_is_not_woken() -> None:
+    handover = Handover[int](2)
+    for number in range(100):
+        assert handover.put(number)
+        handover.flush()
+        assert handover.get() == number
+    # else these would pile up, one a step
+    assert handover._wake.empty()
+
+
+def test_a_producer_that_must_wait_wakes_its_consumer_first() -> None:
+    handover, got = Handover[int](3), list[int]()
+    # as where an error came before a place was given back
+    handover._places.get()
+    consumer = started(lambda: got.extend(handover.get() for _ in range(3)))
+    consumer.join(0.1)
+    producer = started(lambda: [handover.put(number) for number in range(4)])
+    assert ended(producer)
+    handover.flush()
+    assert ended(consumer)
+    assert got == [0, 1, 2]
+
+
 def test_what_is_there_is_had_without_waiting() -> None:
     handover = Handover[int](3)
     assert handover.put(1)

@@ -312,6 +312,20 @@ def test_who_stopped_a_run_says_how_it_ended(run: Storage, server: FakeServer, s
     assert server.only["tags"]["ddpm.stopped"] == "true"
 
 
+def test_a_run_whose_workers_were_lost_without_a_word_has_failed(run: Storage, server: FakeServer) -> None:
+    opened(run)
+    end_tracking(URI, run, "FAILED")
+    assert server.only["status"] == "FAILED"
+    assert "ddpm.stopped" not in server.only["tags"]
+
+
+def test_a_trial_that_says_it_was_killed_was_stopped_by_its_sweep(run: Storage, server: FakeServer) -> None:
+    opened(run).finish("KILLED")
+    end_tracking(URI, run, "FINISHED")
+    assert server.only["status"] == "FINISHED"
+    assert server.only["tags"]["ddpm.stopped"] == "true"
+
+
 def test_a_run_that_came_to_its_end_is_not_called_stopped(run: Storage, server: FakeServer) -> None:
     opened(run).finish("FINISHED")
     end_tracking(URI, run, "KILLED")

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_core.schedules import Schedule, ScheduleConfig
+from jobs import tune
+from pipelines import tracking, tune_ray
 from pipelines.config import Config, load_config
 from pipelines.errors import UserError
 from pipelines.storage import open_storage
@@ -28,6 +30,7 @@ from pipelines.tuning import (
     trial_schedule,
     write_sweep,
 )
+from tests.support.data import dataset_of
 from tests.support.runs import tiny_config
 
 
@@ -228,6 +231,26 @@ def test_a_record_that_cannot_be_read_is_one_line(tmp_path: Path, data: bytes) -
     with pytest.raises(UserError, match=r"sweep\.json") as caught:
         read_sweep(storage)
     assert "\n" not in str(caught.value)
+
+
+def test_the_tracking_server_is_told_how_each_trial_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a failed one: its workers may have been lost without a word."""
+    statuses = ("completed", "stopped", "failed")
+    trials = [trial(1.0, status=status, run=f"file:///runs/{status}") for status in statuses]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tune_ray, "run_sweep", lambda *_: trials)
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(tracking, "end_tracking", lambda _, run, end: told.append((run.uri, end)))
+    dataset, _ = dataset_of(tmp_path, [1])
+    with pytest.raises(UserError, match="1 of 3 trials failed"):
+        tune._sweep(tiny_config(), dataset, open_storage(str(tmp_path)))
+    assert told == [
+        ("file:///runs/completed", "FINISHED"),
+        ("file:///runs/stopped", "FINISHED"),
+        ("file:///runs/failed", "FAILED"),
+    ]
 
 
 def test_what_makes_a_sweep_another_one() -> None:
