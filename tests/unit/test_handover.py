@@ -41,24 +41,55 @@ def test_all_comes_in_order_and_never_more_than_size_ahead() -> None:
     assert ended(thread)
 
 
-def test_a_consumer_that_found_nothing_sleeps_until_it_is_full_or_flushed() -> None:
-    handover = Handover[int](3)
-    got: list[int] = []
-    thread = started(lambda: got.extend(handover.get() for _ in range(5)))
-    for number in range(2):
+class Consumer:
+    """Takes so many, in a thread of its own."""
+
+    def __init__(self, handover: Handover[int], count: int) -> None:
+        self.got: list[int] = []
+        self._handover = handover
+        self.thread = started(lambda: self.got.extend(handover.get() for _ in range(count)))
+
+    def asleep_with(self, count: int) -> bool:
+        """Whether it has so many, and does not have the next one for a while."""
+        for _ in range(3000):
+            if len(self.got) == count and self._handover._sleeping:
+                break
+            self.thread.join(0.01)
+        self.thread.join(0.1)
+        return len(self.got) == count
+
+
+def test_a_consumer_that_soon_finds_nothing_again_sleeps_longer_until_all_places_are_taken() -> None:
+    handover = Handover[int](5)
+    consumer, number = Consumer(handover, 19), 0
+    # the first is had at once: nobody knows yet who is the faster
+    for enough in (1, 2, 4, 5, 5):
+        for missing in range(enough, 0, -1):
+            assert consumer.asleep_with(number - (enough - missing))
+            assert handover.put(number)
+            number += 1
+    assert consumer.asleep_with(17)
+    # no more come
+    for _ in range(2):
         assert handover.put(number)
-    thread.join(0.2)
-    assert got == []
-    assert handover.put(2)
-    while len(got) < 3:
-        thread.join(0.01)
-    assert handover.put(3)
-    assert handover.put(4)
-    thread.join(0.2)
-    assert thread.is_alive()
+        number += 1
+    assert consumer.asleep_with(17)
     handover.flush()
-    assert ended(thread)
-    assert got == [0, 1, 2, 3, 4]
+    assert ended(consumer.thread)
+    assert consumer.got == list(range(19))
+
+
+def test_a_consumer_that_waits_now_and_then_alone_is_woken_at_once() -> None:
+    handover = Handover[int](4)
+    for _ in range(20):
+        for number in range(3):
+            assert handover.put(number)
+        assert [handover.get() for _ in range(3)] == [0, 1, 2]
+        consumer = Consumer(handover, 1)
+        assert consumer.asleep_with(0)
+        assert handover.put(3)
+        assert ended(consumer.thread)
+        assert consumer.got == [3]
 
 
 def test_what_comes_just_before_a_consumer_falls_asleep_is_not_slept_through() -> None:
