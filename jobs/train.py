@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelines.checkpoints import Checkpoints
     from pipelines.plan import training_plan
     from pipelines.stages import load_stages
-    from pipelines.tracking import end_tracking
+    from pipelines.tracking import End, end_tracking
     from pipelines.train import claim, open_run
 
     load_stages(config.data.stages)
@@ -89,12 +89,17 @@ def run(arguments: argparse.Namespace) -> int:
             from pipelines.train_ray import fit
 
             claim(run)
+            end: End = "FAILED"
             try:
                 fit(run)
+                end = "FINISHED"
             except KeyboardInterrupt:
-                # the workers are gone by now and can't say so
-                end_tracking(os.environ.get("MLFLOW_TRACKING_URI"), run.storage, "KILLED")
+                end = "KILLED"
                 raise
+            finally:
+                # workers that were stopped, or lost without a word, can't say so
+                if end != "FINISHED":
+                    end_tracking(os.environ.get("MLFLOW_TRACKING_URI"), run.storage, end)
     last = Checkpoints(run.storage).open(config.train.steps)
     bound = last.commit.held_out
     measured = "" if bound is None else f"held out {bound:.4f} bits/dim; "

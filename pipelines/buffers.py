@@ -33,7 +33,9 @@ class Buffers:
         return torch.from_numpy(self._array(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
     def bytes(self, num_bytes: int) -> memoryview:
-        """Memory that is used again when the last view of it, or of a part of it, is gone."""
+        """Memory that is used again when the last view of it, or of a part of it, is gone. A part of `view.obj`, an
+        array, is no such view.
+        """
         return self._array(num_bytes).data
 
     def _array(self, num_bytes: int) -> NDArray[np.uint8]:

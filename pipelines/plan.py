@@ -9,6 +9,7 @@ from ddpm_core.networks import build_network
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints
 from pipelines.config_sections import Network
+from pipelines.shard_reader import SPARE_SHARDS
 from pipelines.train import Run
 
 # float32
@@ -25,6 +26,8 @@ def training_plan(run: Run) -> str:
     # weights, gradient, Adam's two moments, EMA
     copies = 5 + len(config.ema.power_sigma_rels)
     state = parameters * copies * _BYTES_A_PARAMETER
+    largest = max(shard.num_bytes for shard in dataset.shards("train"))
+    shards = config.data.cache_bytes + SPARE_SHARDS * min(largest, config.data.cache_bytes)
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0
     schedule = Schedule.from_config(config.schedule)
@@ -43,7 +46,7 @@ def training_plan(run: Run) -> str:
         f"over {config.workers.num} workers",
         f"memory     a worker: about {state / _MIB:.0f} MiB of state, "
         f"{activations * micro_batch / _MIB:.0f} MiB of activations, "
-        f"up to {config.data.cache_bytes / _MIB:.0f} MiB of shards",
+        f"up to {shards / _MIB:.0f} MiB of shards",
         f"output     {run.storage.uri}",
     ]
     if config.data.stages:

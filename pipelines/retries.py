@@ -90,12 +90,18 @@ def read_steadily_into(
     memory: Memory, read1: Read1, expected: int = 0, pace: Pace | None = None
 ) -> memoryview:
     """As `read_steadily`, in memory that `memory` gives."""
-    room = memory(max(0, min(expected, _MOST_TRUSTED)))
+    if expected <= 0:
+        # nobody says how long it is, and pieces of growing sizes are no memory that can be used again
+        data = read_steadily(read1, pace=pace)
+        room = memory(len(data))
+        room[:] = data
+        return room
+    room = memory(min(expected, _MOST_TRUSTED))
     end = 0
     for data in _steadily(read1, pace or PACE):
         start, end = end, end + len(data)
         if end > len(room):
-            larger = memory(max(end, 2 * len(room)))
+            larger = memory(max(end, min(2 * len(room), expected)))
             larger[:start] = room[:start]
             room = larger
         room[start:end] = data

@@ -30,7 +30,7 @@ _FETCH_ATTEMPTS = 3
 # so many requests for ranges run side by side
 _RANGES_AT_ONCE = 16
 # the memory of so many shards waits for the next ones: that of one that a stream leaves for one that it comes to
-_SPARE_SHARDS = 2
+SPARE_SHARDS = 2
 # what the index of a shard weighs, roughly, a sample
 _INDEX_ROW_BYTES = 64
 # a tar of which the images are less than this share is kept as its images alone
@@ -151,7 +151,7 @@ class ShardReader:
         self._dataset = dataset
         self._shards = dataset.shards(split)
         self._fetch = fetch
-        self._memory = Buffers(spare=_SPARE_SHARDS).bytes
+        self._memory = Buffers(spare=SPARE_SHARDS).bytes
         self._cache_bytes = cache_bytes
         self._ranged_above = cache_bytes if ranged_above is None else ranged_above
         self._loaded: WeightedLRU[int, _LoadedShard | RangedShard] = WeightedLRU(cache_bytes, max_shards)

@@ -22,8 +22,8 @@ def read_split(
 ) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
     """Samples `start` to `stop` of a split in stored order, as (key, uint8 `[C, H, W]`, label or −1).
 
-    Shards before `start` are not fetched. At most one shard is held at a time, and of one larger than
-    `DEFAULT_CACHE_BYTES`, or of which less than a quarter is wanted, only some samples, by ranges.
+    Shards before `start` are not fetched. One shard is held at a time, and two where one follows the other; of one
+    larger than `DEFAULT_CACHE_BYTES`, or of which less than a quarter is wanted, only some samples, by ranges.
     """
     for row in read_rows(dataset, split, start, stop, on_bad=_raise_first):
         yield row.key, row.image, row.label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
@@ -26,6 +27,7 @@ from pipelines.dataset import Dataset
 from pipelines.errors import UserError, one_line
 from pipelines.sample_set import SampleSet
 from pipelines.storage import open_storage
+from pipelines.train_ray import RunFailed
 from tests.support.data import dataset_of
 from tests.support.runs import TINY
 from tests.support.s3 import free_port
@@ -262,6 +264,23 @@ def test_what_is_missing_of_a_data_set_is_said_before_any_work(
         for part in (f"{dataset.uri}/{gone[0]} is missing", "and 1 more: `ddpm verify ", "what to do"):
             assert part in said
     assert not list((tmp_path / "results").glob("runs/*"))
+
+
+@pytest.mark.parametrize(("error", "end"), [(RunFailed("lost"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_run_that_ends_early_on_the_cluster_is_said_to_have(
+    ddpm: Outcome, tiny: list[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, end: str
+) -> None:
+    """By who started it: its workers may have been lost without a word."""
+    said: list[str] = []
+
+    def fit(run: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipelines.tracking.end_tracking", lambda uri, run, end: said.append(end))
+    monkeypatch.setattr("pipelines.train_ray.fit", fit)
+    monkeypatch.setattr(common, "ray_cluster", lambda address: contextlib.nullcontext())
+    assert ddpm("train", *tiny, *STEPS)[0] != 0
+    assert said == [end]
 
 
 def test_train_sample_and_again_in_this_process(ddpm: Outcome, tiny: list[str], tmp_path: Path) -> None:

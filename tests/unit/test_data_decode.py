@@ -116,6 +116,18 @@ def test_the_fast_libraries_give_pillows_pixels(kind: str, monkeypatch: pytest.M
     assert np.array_equal(decode(FAST[kind], expected.shape), expected)
 
 
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 160, 150), (1, 260, 300), (3, 300, 400)])
+def test_the_fast_libraries_take_images_of_several_blocks(
+    channels: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more bytes than one stored block of zlib holds, and of more than five."""
+    images = np.random.default_rng(0).integers(0, 256, (3, channels, height, width), dtype=np.uint8)
+    monkeypatch.setattr(decode_module, "decode_reference", None)  # it must not be needed
+    out = np.zeros((3, height, width, channels), np.uint8)
+    assert decode_many(dict(enumerate(map(encode_png, images))), out) == []
+    assert np.array_equal(out.transpose(0, 3, 1, 2), images)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", BY_PILLOW)
 def test_every_other_image_gets_pillows_pixels_or_its_refusal(kind: str, channels: int) -> None:

@@ -69,6 +69,29 @@ def test_what_was_fetched_once_is_not_fetched_again_also_by_another_process(tmp_
     assert place.storage.gets == {"1": 1, "2": 1}
 
 
+def test_it_reads_into_the_memory_that_it_is_given(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    lent: list[bytearray] = []
+
+    def memory(num_bytes: int) -> memoryview:
+        lent.append(bytearray(num_bytes))
+        return memoryview(lent[-1])
+
+    # from the storage, from the disk, and where there can be no cache
+    for hash_or_not in (place.hashes[1], place.hashes[1]):
+        got = place.cache(place.storage, "1", hash_or_not, memory)
+        assert isinstance(got, memoryview)
+        assert got.obj is lent[-1]
+        assert lent[-1] == bytes([1]) * 100
+    assert place.storage.gets == {"1": 1}
+    place.folder.chmod(0o700)
+    shutil.rmtree(place.folder)
+    place.folder.write_text("in the way")
+    got = place.cache(place.storage, "2", place.hashes[2], memory)
+    assert isinstance(got, memoryview)
+    assert got.obj is lent[-1]
+
+
 def test_what_was_used_longest_ago_goes_and_the_bound_holds(tmp_path: Path) -> None:
     place = Place(tmp_path, max_bytes=300)
     for age, number in enumerate((0, 1, 2)):

@@ -591,7 +591,7 @@ def test_however_many_the_data_are_only_so_many_shards_and_batches_are_held(
     held_shards, held_memory, held_batches = held_over_an_epoch(dataset, monkeypatch)
     assert 2 * STREAMS <= held_shards <= most_shards
     # and what waits for the next shards
-    assert held_memory <= most_shards + shard_reader._SPARE_SHARDS
+    assert held_memory <= most_shards + shard_reader.SPARE_SHARDS
     assert held_batches <= most_batches
     # a reader that keeps what it has read would be seen
     monkeypatch.setattr(WeightedLRU, "_over", lambda self: False)

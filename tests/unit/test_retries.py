@@ -174,3 +174,11 @@ def test_a_servers_word_takes_no_more_memory_than_is_trusted(monkeypatch: pytest
     assert read_steadily_into(memory, given(*pieces), 10**12) == b"".join(pieces)
     # twice as much as there was
     assert asked == [1000, 2000, 4000, 8000]
+    # but no more than what was said
+    asked.clear()
+    assert len(read_steadily_into(memory, given(*pieces), 4900)) == 4900
+    assert asked == [1000, 2000, 4000, 4900]
+    asked.clear()
+    # and of one that says nothing all at once
+    assert read_steadily_into(memory, given(*pieces), 0) == b"".join(pieces)
+    assert asked == [4900]

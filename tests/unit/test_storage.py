@@ -75,6 +75,18 @@ def test_an_object_can_be_had_in_given_memory(storage: Storage, num_bytes: int) 
     assert asked == [num_bytes]
 
 
+def test_a_file_that_is_cut_while_it_is_read_is_not_filled_up(tmp_path: Path) -> None:
+    """With what lay in the memory before."""
+    path = tmp_path / "x"
+    path.write_bytes(b"a" * 1000)
+
+    def memory(num_bytes: int) -> memoryview:
+        os.truncate(path, 400)
+        return memoryview(bytearray(b"?" * num_bytes))
+
+    assert open_storage(str(tmp_path)).get_into("x", memory) == b"a" * 400
+
+
 def test_a_version_changes_with_the_content(storage: Storage) -> None:
     storage.put("x", b"12")
     (before,) = storage.list()
