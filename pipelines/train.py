@@ -121,6 +121,8 @@ def train(run: Run, world: World, *, parent_run_id: str | None = None) -> None:
     start = _resume(run, checkpoints, learner, world)
     tracker = _open_tracker(run, parent_run_id, start) if world.rank == 0 else NoTracker()
     with ended(tracker):
+        # no worker fails at its first shard before the server knows that the run goes on
+        world.broadcast(tracker.run_id)
         _loop(run, learner, world, tracker, checkpoints, start)
 
 

@@ -12,9 +12,10 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -24,15 +25,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipelines.config import parse_config
+from pipelines.dataset import DataError
 from pipelines.errors import UserError, one_line
 from pipelines.logs import configure_worker_logging
 from pipelines.scratch import scratch_folder
+from pipelines.storage import StorageError
 from pipelines.train import Run, open_run, train
 from pipelines.training import TrainingError
 
 log = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 300
+_VERDICT_TIMEOUT_S = 30
 
 
 class RunFailed(UserError):
@@ -65,9 +69,48 @@ class RayWorker:
         ray.train.report(metrics)
 
 
+@ray.remote(num_cpus=0, max_restarts=-1)
+class _Verdict:
+    """Why a run can't go on, whoever of its workers found out: what every further attempt would meet again."""
+
+    def __init__(self) -> None:
+        self._why: str | None = None
+
+    def pass_it(self, why: str) -> None:
+        self._why = self._why or why
+
+    def why(self) -> str | None:
+        return self._why
+
+
+def _known(verdict: Any) -> str | None:
+    """Why the run can't go on; None where that is not known, or its keeper is lost: then it is found out again."""
+    try:
+        return cast("str | None", ray.get(verdict.why.remote(), timeout=_VERDICT_TIMEOUT_S))
+    except ray.exceptions.RayError:
+        return None
+
+
 def _worker(arguments: dict[str, Any]) -> str | None:
     """Train; returns why training can't go on, if it can't."""
     configure_worker_logging()
+    verdict = arguments["verdict"]
+    if why := _known(verdict):
+        # found out in an attempt before this one
+        return why
+    try:
+        return _train(arguments)
+    except StorageError:
+        # may pass
+        raise
+    except UserError as error:
+        # The others don't meet it, and wait: an error is what ends them. Ray tries again, and that ends at once.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(verdict.pass_it.remote(str(error)), timeout=_VERDICT_TIMEOUT_S)
+        raise
+
+
+def _train(arguments: dict[str, Any]) -> str | None:
     config = parse_config(arguments["config"])
     world = RayWorker()
     run = open_run(config)
@@ -90,6 +133,7 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
     Raises `UserError` where the run can't go on.
     """
     config, workers = run.config, run.config.workers
+    verdict = _Verdict.remote()  # type: ignore[attr-defined]  # what the decorator adds
     with scratch_folder("ray-train") as scratch:
         trainer = TorchTrainer(
             _worker,
@@ -97,6 +141,7 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
                 "config": config.to_yaml(),
                 "run": run.name,
                 "parent_run_id": parent_run_id,
+                "verdict": verdict,
             },
             torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ScalingConfig(
@@ -120,8 +165,12 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
             with _interruptible():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
+            if why := _known(verdict):
+                raise DataError(why) from None
             cause = error.__cause__ or error
             raise RunFailed(f"training failed: {_root_cause(error) or one_line(cause)}") from error
+    if why := _known(verdict):
+        raise DataError(why)
     if result.return_value:
         raise TrainingError(str(result.return_value))
 

@@ -182,7 +182,9 @@ class S3Storage:
         if code in _MISSING:
             return ObjectMissing(what)
         if code == "NoSuchBucket":
-            return StorageError(f"{what}: {where} has no bucket {self._bucket!r}; make it first")
+            return StorageError(
+                f"{what}: {where} has no bucket {self._bucket!r}; check its name, or make it first"
+            )
         if code in _BAD_CREDENTIALS:
             return StorageError(
                 f"{what}: {where} refused the credentials ({code}); check AWS_ACCESS_KEY_ID, "

@@ -17,6 +17,8 @@ from mlflow import MlflowClient
 from infra.local import Stack
 from jobs import submission
 from pipelines.checkpoints import Checkpoints
+from pipelines.dataset import Dataset
+from pipelines.storage import open_storage
 from pipelines.tracking import tracked_as
 from pipelines.train import Run, open_run
 from pipelines.training import Learner
@@ -24,6 +26,8 @@ from tests.support.jobs import committed, ddpm, losses, settings, succeeded, tin
 
 DATA = "data.uri=s3://ddpm/tests/digits"
 STEPS = 20
+# a cache that holds the whole shard under its hash would hide what is wrong with the one on S3
+NO_CACHE = "data.disk_cache=none"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -213,3 +217,32 @@ def test_divergence_is_one_line_and_is_not_retried(stack: Stack) -> None:
     assert result.returncode == 1
     assert "training diverged; lower optimizer.learning_rate" in result.stderr.strip().splitlines()[-1]
     assert result.stdout.count("going on from") == 0
+
+
+def test_what_every_attempt_would_meet_again_ends_a_run_after_one(stack: Stack) -> None:
+    """One worker alone reads the damaged shard; lost workers, which are tried again, are another matter."""
+    dataset = Dataset.load("s3://ddpm/tests/digits")
+    copy = open_storage("s3://ddpm/tests/damaged")
+    for info in dataset.storage.list():
+        copy.put(info.key, dataset.storage.get(info.key))
+    data, where = "data.uri=s3://ddpm/tests/damaged", "storage=s3://ddpm/tests/damaged-run"
+    workers = ("workers.num=2", "workers.max_failures=3", "train.eval_every=200", NO_CACHE)
+    succeeded(ddpm("train", *settings(data, where, "train.steps=4", *workers)))
+    shard = dataset.shards("train")[-1].key
+    whole = copy.get(shard)
+    copy.put(shard, whole[:-1] + b"?")
+    # of one epoch, which needs each shard
+    steps = ("train.steps=200", *workers)
+    result = ddpm("train", *settings(data, where, *steps))
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ddpm train: {copy.uri}/{shard}: is damaged or was exchanged")
+    assert last.endswith("`ddpm verify s3://ddpm/tests/damaged` names all that is damaged, and what to do")
+    assert result.stderr.count("Error in training function") <= 1
+    run = tiny_run(data, where, *steps)
+    found = MlflowClient(stack.mlflow_uri).get_run(tracked_as(run.storage))
+    assert found.info.status == "FAILED"
+    # mended, the run goes on
+    copy.put(shard, whole)
+    succeeded(ddpm("train", *settings(data, where, *steps)))
+    assert MlflowClient(stack.mlflow_uri).get_run(tracked_as(run.storage)).info.status == "FINISHED"

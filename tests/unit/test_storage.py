@@ -411,7 +411,9 @@ def _one_line(attempt: Callable[[], object]) -> str:
 
 def test_a_missing_bucket_is_no_missing_object(endpoint: str) -> None:
     for attempt in _everything(open_storage("s3://no-such-bucket/x")):
-        assert f"{endpoint} has no bucket 'no-such-bucket'; make it first" in _one_line(attempt)
+        assert f"{endpoint} has no bucket 'no-such-bucket'; check its name, or make it first" in _one_line(
+            attempt
+        )
 
 
 def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
