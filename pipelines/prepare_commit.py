@@ -32,7 +32,11 @@ CLAIM_KEY = "preparation.json"
 _STATE = "source_state"
 _LIBRARIES = "libraries"
 _NAMED = 3
-_OPTIONS = {"image_member": "--image", "label_member": "--label"}
+_OPTIONS = {
+    "image_member": "--image",
+    "label_member": "--label",
+    "source_fingerprint": "what SOURCE holds, by its fingerprint",
+}
 
 
 def check_writable(out: str) -> None:

@@ -24,6 +24,7 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
+    ProfileNotFound,
     ReadTimeoutError,
     SSLError,
 )
@@ -170,6 +171,8 @@ class S3Storage:
             ValueError,  # botocore's, where it reads a length, a time or a number that is none
         ) as error:
             raise TryAgain(f"{where}: {one_line(error)}") from None
+        except ProfileNotFound as error:
+            raise StorageError(f"{what}: AWS_PROFILE: {one_line(error)}") from None
         except BotoCoreError as error:
             raise StorageError(f"{what}: {where}: {one_line(error)}") from None
 

@@ -449,6 +449,16 @@ def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_profile_that_is_not_there(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "none-such")
+    _client.cache_clear()
+    try:
+        line = _one_line(lambda: open_storage(f"s3://{BUCKET}").exists("x"))
+    finally:
+        _client.cache_clear()
+    assert line == f"s3://{BUCKET}/x: AWS_PROFILE: The config profile (none-such) could not be found"
+
+
 def test_an_impossible_bucket_name(endpoint: str) -> None:
     assert "s3://Not_A_Bucket!" in _one_line(lambda: open_storage("s3://Not_A_Bucket!/p").put("x", b""))
 
