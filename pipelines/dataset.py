@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,9 @@ from pydantic import (
 from pipelines.errors import UserError, one_line, printable
 from pipelines.images import check_levels
 from pipelines.shards import read_parquet, sha256, to_parquet
-from pipelines.storage import ObjectMissing, Storage, open_storage
+from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
+
+log = logging.getLogger(__name__)
 
 FORMAT = "ddpm-dataset"
 VERSION = 1
@@ -176,12 +179,10 @@ class Dataset:
 
     def missing(self) -> list[str]:
         """The objects that are missing or of another size, by one listing a split; a phrase each. Of tars that stay
-        elsewhere nothing is said, nor of a data set that lies where nothing can be listed.
+        elsewhere nothing is said. Raises `StorageError` where nothing can be listed.
 
         A change of bytes is not seen; `ddpm verify` reads them.
         """
-        if self.uri.startswith(("http:", "https:")):
-            return []
         found = []
         for split, shards in self.splits.items():
             sizes = {info.key: info.num_bytes for info in self.storage.list(f"{split}/")}
@@ -193,8 +194,13 @@ class Dataset:
         return found
 
     def check_all_there(self) -> None:
-        """Raise `DataError` where `missing` finds something."""
-        if missing := self.missing():
+        """Raise `DataError` where `missing` finds something; who may read, but not list, goes on."""
+        try:
+            missing = self.missing()
+        except StorageError as error:
+            log.info("what is missing of the data set will show when it is read: %s", one_line(error, 200))
+            return
+        if missing:
             more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DataError(f"{missing[0]}{more}: {self.what_to_run()}")
 

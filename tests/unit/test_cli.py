@@ -26,7 +26,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError, one_line
 from pipelines.sample_set import SampleSet
-from pipelines.storage import open_storage
+from pipelines.storage import FileStorage, ObjectInfo, StorageError, open_storage
 from pipelines.train_ray import RunFailed
 from tests.support.data import dataset_of
 from tests.support.runs import TINY
@@ -264,6 +264,22 @@ def test_what_is_missing_of_a_data_set_is_said_before_any_work(
         for part in (f"{dataset.uri}/{gone[0]} is missing", "and 1 more: `ddpm verify ", "what to do"):
             assert part in said
     assert not list((tmp_path / "results").glob("runs/*"))
+
+
+def test_who_may_read_a_data_set_and_not_list_it_trains(
+    ddpm: Outcome, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = FileStorage.list
+
+    def refused(storage: FileStorage, prefix: str = "") -> list[ObjectInfo]:
+        if prefix in ("train/", "test/"):
+            raise StorageError("access denied (AccessDenied)")
+        return listed(storage, prefix)
+
+    monkeypatch.setattr(FileStorage, "list", refused)
+    code, _, err = ddpm("train", *tiny, *STEPS, "--local")
+    assert code == 0, err
+    assert "what is missing of the data set will show when it is read: access denied (AccessDenied)" in err
 
 
 @pytest.mark.parametrize(("error", "end"), [(RunFailed("lost"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
