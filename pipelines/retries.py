@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.storage import Memory
 
 Result = TypeVar("Result")
+Data = TypeVar("Data", bytes, memoryview)
 
 
 class TryAgain(Exception):

@@ -18,7 +18,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
 from pipelines.errors import UserError, one_line, printable, without_password
-from pipelines.retries import Read1, TryAgain, insist, read_steadily, read_steadily_into
+from pipelines.retries import Data, Read1, TryAgain, insist, read_steadily, read_steadily_into
 from pipelines.storage import (
     Memory,
     NoRanges,
@@ -30,7 +30,6 @@ from pipelines.storage import (
 )
 
 Result = TypeVar("Result")
-Data = TypeVar("Data", bytes, memoryview)
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30

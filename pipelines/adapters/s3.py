@@ -7,7 +7,6 @@ an instance's role), as boto3 reads it.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import uuid
@@ -29,22 +28,20 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.parsers import ResponseParserError
-from urllib3.exceptions import HTTPError
 
+from pipelines.adapters.s3_bodies import body, check_stored, contradicts_etag, stated_length, too_short
 from pipelines.errors import UserError, one_line, printable, without_password
-from pipelines.retries import Read1, TryAgain, insist, read_steadily, read_steadily_into
+from pipelines.retries import Data, Read1, TryAgain, insist, read_steadily, read_steadily_into
 from pipelines.storage import (
     Memory,
     NoRanges,
     ObjectInfo,
     ObjectMissing,
-    ObjectTooShort,
     StorageError,
     checked_key,
 )
 
 Result = TypeVar("Result")
-Data = TypeVar("Data", bytes, memoryview)
 
 CONNECT_TIMEOUT_S = 5
 # without a byte; how slowly a body may come is `retries.Pace`
@@ -65,7 +62,6 @@ _BAD_CREDENTIALS = {
 # what passes by itself: overload, a server's fault, a request that was altered or starved on its way
 _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 _PASSING = {"RequestTimeout", "SlowDown", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
-_BROKEN_BODY = (HTTPError, OSError)
 _WRITER = "ddpm-writer"
 
 
@@ -208,7 +204,7 @@ class S3Storage:
         def checked(response: Any, data: bytes) -> bytes:
             # the same bytes a second time: then this server's ETag is no MD5
             small = len(data) <= ETAG_CHECK_MAX_BYTES
-            if small and _contradicts_etag(response, data) and data not in doubted:
+            if small and contradicts_etag(response, data) and data not in doubted:
                 doubted.append(data)
                 raise TryAgain("was altered on its way: its bytes are not those of its ETag")
             return data
@@ -225,7 +221,7 @@ class S3Storage:
 
         def attempt(s3: Any) -> Data:
             response = s3.get_object(Bucket=self._bucket, Key=self._key(key))
-            return checked(response, _body(response, _stated_length(response, uri), read))
+            return checked(response, body(response, stated_length(response, uri), read))
 
         return self._call(uri, attempt)
 
@@ -240,7 +236,7 @@ class S3Storage:
                 response = s3.get_object(Bucket=self._bucket, Key=self._key(key), Range=span)
             except ClientError as error:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
-                    raise _too_short(uri, start, length, 0) from None
+                    raise too_short(uri, start, length, 0) from None
                 raise
             if response["ResponseMetadata"]["HTTPStatusCode"] == 200:
                 # the whole of it is on its way, and is not waited for
@@ -249,11 +245,11 @@ class S3Storage:
             given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
             if given and given[3].isdecimal() and int(given[3]) < start + length:
                 response["Body"].close()
-                raise _too_short(uri, start, length, max(0, int(given[3]) - start))
+                raise too_short(uri, start, length, max(0, int(given[3]) - start))
             if not given or (int(given[1]), int(given[2])) != (start, start + length - 1):
                 response["Body"].close()
                 raise TryAgain(f"could not be read whole: asked for {span}, the server gave another part")
-            return _body(response, length, read_steadily)
+            return body(response, length, read_steadily)
 
         return self._call(uri, attempt)
 
@@ -261,7 +257,7 @@ class S3Storage:
         place = {"Bucket": self._bucket, "Key": self._key(key)}
         self._call(
             f"{self.uri}/{key}",
-            lambda s3: _check_stored(s3, place, data, s3.put_object(**place, Body=data)),
+            lambda s3: check_stored(s3, place, data, s3.put_object(**place, Body=data)),
         )
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -286,7 +282,7 @@ class S3Storage:
                 if answer.get("Metadata", {}).get(_WRITER) != mark:
                     return False
             try:
-                _check_stored(s3, place, data, answer)
+                check_stored(s3, place, data, answer)
             except TryAgain:
                 # ours stands, but not as it is: no other writer may win any more, so it can be replaced
                 condition.clear()
@@ -352,50 +348,3 @@ class S3Storage:
                     )
 
             self._call(self.uri, remove)
-
-
-def _stated_length(response: Any, uri: str) -> int:
-    length = response.get("ContentLength")
-    if length is None:
-        response["Body"].close()
-        raise StorageError(
-            f"{uri}: the server does not say how long it is, so a cut could not be told from its end"
-        )
-    return int(length)
-
-
-def _body(response: Any, expected: int, read: Callable[[Read1, int], Data]) -> Data:
-    """All bytes of an answer; `TryAgain` where there are not as many as `expected`, or the line breaks."""
-    try:
-        # botocore's own stream can only wait for all that is asked for, a byte a second included
-        data = read(response["Body"]._raw_stream.read1, expected)
-    except TryAgain:
-        response["Body"].close()
-        raise
-    except _BROKEN_BODY as error:
-        raise TryAgain(f"could not be read whole: {one_line(error)}") from None
-    if len(data) != expected:
-        raise TryAgain(f"could not be read whole: {len(data)} of {expected} bytes came")
-    return data
-
-
-def _check_stored(s3: Any, place: dict[str, str], data: bytes, answer: Any) -> None:
-    """`TryAgain` unless the object there is `data`: by the ETag in `answer`, or if that differs by reading it."""
-    if _contradicts_etag(answer, data):
-        response = s3.get_object(**place)
-        uri = f"s3://{place['Bucket']}/{place['Key']}"
-        if _body(response, _stated_length(response, uri), read_steadily) != data:
-            raise TryAgain("was altered on its way to the server")
-
-
-def _contradicts_etag(response: Any, data: bytes) -> bool:
-    """Whether the ETag has the form of the MD5 that it is for an object written by one plain PUT, and is not it."""
-    etag = response.get("ETag", "").strip('"').lower()
-    keyed = "SSECustomerAlgorithm" in response or response.get("ServerSideEncryption", "AES256") != "AES256"
-    if keyed or not re.fullmatch("[0-9a-f]{32}", etag):
-        return False
-    return hashlib.md5(data, usedforsecurity=False).hexdigest() != etag
-
-
-def _too_short(uri: str, start: int, length: int, there: int) -> ObjectTooShort:
-    return ObjectTooShort(f"{uri}: {there} of {length} bytes at {start}: the object is too short")
