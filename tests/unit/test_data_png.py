@@ -1,21 +1,24 @@
-"""Writing PNG files: Pillow's very bytes by its compressor, the same pixels by fpng."""
+"""Writing PNG files: Pillow's very bytes, the same pixels by fpng."""
 
 from __future__ import annotations
 
 import io
 import sys
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
 from pipelines import png
 from pipelines.decode import decode
 from pipelines.errors import UserError
 from pipelines.png import check_encoder, encode_pngs
+from pipelines.png_filters import _paeth, filtered
 
 KINDS = ("noise", "gradient", "flat", "two values")
 SHAPES = st.tuples(st.sampled_from((1, 3)), st.integers(1, 70), st.integers(1, 70))
@@ -66,31 +69,73 @@ def test_many_images_are_each_their_own() -> None:
     assert encode_pngs(images[:0]) == []
 
 
-def test_pillows_compressor_is_used_and_no_file_written_by_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pictures("gradient", 3, (3, 8, 9))
-    expected = [saved(image) for image in images]
-    assert png._compressor_is_known()
-    monkeypatch.setattr(Image.Image, "save", None)
-    assert encode_pngs(images) == expected
+def test_images_of_many_lines_are_filtered_across_the_borders_of_bands() -> None:
+    # bands of 65,536 bytes, so that their borders lie within images, at their tops and at their bottoms
+    for height in (1, 31, 64, 100):
+        images = pictures("gradient", 12, (3, height, 341))
+        assert encode_pngs(images) == [saved(image) for image in images]
 
 
-def test_with_a_pillow_whose_compressor_is_another_save_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pictures("gradient", 3, (3, 8, 9))
-    expected = [saved(image) for image in images]
+WAYS = [png._by_zlib, png._by_compressor, png._by_save]
 
-    def fails(*arguments: object) -> bytes:
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_gives_the_bytes_of_pillow(
+    monkeypatch: pytest.MonkeyPatch, way: Callable[[NDArray[np.uint8], int], list[bytes]]
+) -> None:
+    monkeypatch.setattr(png, "_as_pillow", lambda: way)
+    for shape in ((3, 8, 9), (1, 8, 9), (3, 150, 500)):
+        for kind in KINDS:
+            images = pictures(kind, 3, shape)
+            assert encode_pngs(images) == [saved(image) for image in images]
+
+
+def test_the_fastest_way_whose_bytes_are_pillows_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = png._as_pillow.__wrapped__
+    same = features.version("zlib") == zlib.ZLIB_RUNTIME_VERSION
+    assert choose() is (png._by_zlib if same else png._by_compressor)
+    for pythons, pillows in (("1.2.3", "1.2.4"), ("1.3.1.zlib-ng", "1.3.1.zlib-ng")):
+        with monkeypatch.context() as patch:
+            patch.setattr(zlib, "ZLIB_RUNTIME_VERSION", pythons)
+            patch.setattr(features, "version", {"zlib": pillows}.get)
+            assert choose() is png._by_compressor
+
+    def fails(*arguments: object) -> list[bytes]:
         raise TypeError("takes other arguments")
 
     def other(stacked: NDArray[np.uint8], height: int) -> list[bytes]:
         return [b"something else"]
 
-    monkeypatch.setattr(png, "_compressor_is_known", png._compressor_is_known.__wrapped__)
-    assert png._compressor_is_known()
-    for name, replaced in (("_head", fails), ("_by_compressor", other)):
+    for wrong in (fails, other):
         with monkeypatch.context() as patch:
-            patch.setattr(png, name, replaced)
-            assert not png._compressor_is_known()
-            assert encode_pngs(images) == expected
+            patch.setattr(png, "_by_zlib", wrong)
+            assert choose() is png._by_compressor
+            patch.setattr(png, "_by_compressor", wrong)
+            assert choose() is png._by_save
+
+
+def test_the_choice_of_a_way_sees_every_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def noted(lines: NDArray[np.uint8], height: int, step: int) -> NDArray[np.uint8]:
+        stored = filtered(lines, height, step)
+        seen.update(stored[:, 0].tolist())
+        return stored
+
+    monkeypatch.setattr(png, "filtered", noted)
+    png._as_pillow.__wrapped__()
+    assert seen == {0, 1, 2, 4}
+
+
+def test_the_prediction_by_bytes_is_paeths_for_all_of_them() -> None:
+    every = np.arange(256)
+    for c in range(256):
+        a, b = (each.ravel() for each in np.meshgrid(every, every))
+        distances = np.abs(a + b - c - np.stack([a, b, np.full_like(a, c)]))
+        nearest = distances.argmin(axis=0)
+        expected = np.where(nearest == 0, a, np.where(nearest == 1, b, c))
+        found = _paeth(*(each.astype(np.uint8) for each in (a, b, np.full_like(a, c))))
+        assert np.array_equal(found, expected)
 
 
 @given(SHAPES.map(lambda shape: (3, *shape[1:])), st.sampled_from(KINDS), st.integers(0, 2**32))
