@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -32,6 +32,18 @@ _SCHEMA = pa.schema(
         ("crc32c", pa.uint32()),
     ]
 )
+# Places and lengths as differences, keys without what they share with the one before: mostly smaller than by
+# dictionaries and zstd, which sets up a compressor for each column, and read and written in a third of the time.
+_ENCODING: Mapping[str, Any] = {
+    "compression": "none",
+    "use_dictionary": ["label"],
+    "column_encoding": {
+        "key": "DELTA_BYTE_ARRAY",
+        "offset": "DELTA_BINARY_PACKED",
+        "length": "DELTA_BINARY_PACKED",
+        "crc32c": "PLAIN",
+    },
+}
 
 Columns = Mapping[str, Sequence[str | int] | NDArray[np.int64]]
 
@@ -148,7 +160,7 @@ def index_of(
         _TAR_SHA256_KEY: tar_sha256,
         _TAR_BYTES_KEY: str(tar_num_bytes),
     }
-    return to_parquet(pa.table(dict(columns), schema=_SCHEMA.with_metadata(metadata)))
+    return to_parquet(pa.table(dict(columns), schema=_SCHEMA.with_metadata(metadata)), _ENCODING)
 
 
 def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> None:
@@ -167,10 +179,12 @@ def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> Non
             raise ValueError(f"its further member {extension!r} has no extension that WebDataset reads")
 
 
-def to_parquet(table: pa.Table) -> bytes:
-    """The table as one Parquet file in memory, to be put in one piece."""
+def to_parquet(
+    table: pa.Table, encoding: Mapping[str, Any] = MappingProxyType({"compression": "zstd"})
+) -> bytes:
+    """The table as one Parquet file in memory, to be put in one piece. `encoding`: options of `write_table`."""
     with io.BytesIO() as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, **encoding)
         return file.getvalue()
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.dataset import DataError
 from pipelines.shard_reader import ShardReader
-from pipelines.shards import PackedShard, parse_index, to_parquet
+from pipelines.shards import PackedShard, index_of, parse_index, to_parquet
 from tests.support.data import packed, put_dataset, random_images
 
 DIGEST, SIZE, VERSION = b"ddpm.tar_sha256", b"ddpm.tar_num_bytes", b"ddpm.index_version"
@@ -84,3 +86,29 @@ def test_keys_that_are_no_text(shard: PackedShard) -> None:
 def test_an_index_of_nothing() -> None:
     empty = packed(random_images(0))
     assert parse_index(empty.index).count == 0
+
+
+def test_any_row_comes_back_and_a_usual_one_takes_few_bytes() -> None:
+    draw = np.random.default_rng(0)
+    usual: dict[str, Any] = {
+        "key": [f"{number:09d}" for number in range(4096)],
+        "offset": np.cumsum(draw.integers(1000, 3000, 4096)),
+        "length": draw.integers(900, 2000, 4096),
+        "label": draw.integers(0, 10, 4096),
+        "crc32c": draw.integers(0, 2**32, 4096),
+    }
+    odd: dict[str, Any] = {
+        "key": ["", "größe", "x" * 70_000, "größe", "\0"],
+        "offset": [2**59, 0, 7, 2**58, 0],
+        "length": [0, 2**57, 1, 0, 0],
+        "label": [-(2**63), 2**63 - 1, -1, 0, 0],
+        "crc32c": [0, 2**32 - 1, 1, 0, 0],
+    }
+    for columns in (usual, odd):
+        data = index_of(columns, "a" * 64, 2**59)
+        index = parse_index(data)
+        assert index.key.to_pylist() == list(columns["key"])
+        for name in ("offset", "length", "label", "crc32c"):
+            assert getattr(index, name).tolist() == list(columns[name])
+        if columns is usual:
+            assert len(data) < 11 * 4096  # of which 4 are the checksum, that nothing can make smaller
