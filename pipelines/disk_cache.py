@@ -32,8 +32,7 @@ from typing import BinaryIO
 
 from pipelines.errors import UserError, one_line
 from pipelines.shard_reader import Fetch, fetch_verified
-from pipelines.shards import sha256
-from pipelines.storage import Memory, Storage, read_file_into
+from pipelines.storage import Hashed, Memory, Storage, new_memory, read_hashed
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +81,8 @@ class DiskCache:
         self._warned = threading.Event()
 
     def __call__(
-        self, storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
-    ) -> bytes | memoryview:
+        self, storage: Storage, key: str, expected_sha256: str, memory: Memory = new_memory
+    ) -> memoryview:
         """The object's bytes, which have this SHA-256; errors as in `fetch_verified`."""
         # a name of another form could lead out of the folder
         if not (_OBJECT_NAME.fullmatch(expected_sha256) and self._is_ours()):
@@ -124,15 +123,15 @@ class DiskCache:
             return False
         return True
 
-    def _found(self, path: Path, expected: str, memory: Memory | None) -> bytes | memoryview | None:
+    def _found(self, path: Path, expected: str, memory: Memory) -> memoryview | None:
         try:
-            data = _read(path, memory)
+            found = _read(path, memory)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._warn(error)
             return None
-        if sha256(data) != expected:
+        if found.sha256 != expected:
             log.warning("%s: is damaged; fetching it again", path)
             try:
                 path.unlink(missing_ok=True)
@@ -141,9 +140,9 @@ class DiskCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
-        return data
+        return found.data
 
-    def _keep(self, path: Path, data: bytes | memoryview) -> None:
+    def _keep(self, path: Path, data: memoryview) -> None:
         try:
             # what can't be put in its place must not drop what is there
             if len(data) > self._max_bytes or path.is_dir():
@@ -256,8 +255,8 @@ def _open(path: Path) -> BinaryIO:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
 
 
-def _read(path: Path, memory: Memory | None) -> bytes | memoryview:
+def _read(path: Path, memory: Memory) -> Hashed:
     with _open(path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "is no file that can be kept here", str(path))
-        return file.read() if memory is None else read_file_into(file, memory)
+        return read_hashed(file, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import time
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipelines.errors import UserError
-from pipelines.storage import Memory
+from pipelines.storage import Hashed, Memory
 
 Result = TypeVar("Result")
-Data = TypeVar("Data", bytes, memoryview)
+Data = TypeVar("Data", bytes, Hashed)
 
 
 class TryAgain(Exception):
@@ -87,10 +88,15 @@ def read_steadily(read1: Read1, expected: int = 0, pace: Pace | None = None) -> 
     return body.getvalue()
 
 
-def read_steadily_into(
-    memory: Memory, read1: Read1, expected: int = 0, pace: Pace | None = None
-) -> memoryview:
+def read_steadily_hashed(memory: Memory, read1: Read1, expected: int = 0, pace: Pace | None = None) -> Hashed:
     """As `read_steadily`, in memory that `memory` gives."""
+    room = _read_into(memory, read1, expected, pace)
+    # Not piece by piece, though these are in a core's cache: waking the sender between them costs more than that
+    # saves.
+    return Hashed(room, hashlib.sha256(room).hexdigest())
+
+
+def _read_into(memory: Memory, read1: Read1, expected: int, pace: Pace | None) -> memoryview:
     if expected <= 0:
         # nobody says how long it is, and pieces of growing sizes are no memory that can be used again
         data = read_steadily(read1, pace=pace)

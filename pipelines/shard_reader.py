@@ -20,8 +20,8 @@ from pipelines.dataset import DataError, Dataset, Shard
 from pipelines.decode import decode_many
 from pipelines.errors import one_line, printable
 from pipelines.ranged import RangedShard
-from pipelines.shards import ShardIndex, parse_index, sha256
-from pipelines.storage import Memory, NoRanges, ObjectMissing, Storage
+from pipelines.shards import ShardIndex, parse_index
+from pipelines.storage import Memory, NoRanges, ObjectMissing, Storage, new_memory
 
 log = logging.getLogger(__name__)
 
@@ -42,31 +42,30 @@ _without_ranges: set[str] = set()
 
 class Fetch(Protocol):
     def __call__(
-        self, storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
-    ) -> bytes | memoryview:
-        """The object's bytes, which have this SHA-256, in memory that `memory` gives if need be."""
+        self, storage: Storage, key: str, expected_sha256: str, memory: Memory = new_memory
+    ) -> memoryview:
+        """The object's bytes, which have this SHA-256, in memory that `memory` gives."""
         ...
 
 
 def fetch_verified(
-    storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
-) -> bytes | memoryview:
-    """The object's bytes, which have this SHA-256, in memory that `memory` gives, if that is given.
+    storage: Storage, key: str, expected_sha256: str, memory: Memory = new_memory
+) -> memoryview:
+    """The object's bytes, which have this SHA-256, in memory that `memory` gives.
 
     A body that has not is fetched again, three times in all. Raises `DataError` naming the object if it is
     missing or stays wrong; `StorageError` if the storage cannot be read.
     """
     for _ in range(_FETCH_ATTEMPTS):
         try:
-            data = storage.get(key) if memory is None else storage.get_into(key, memory)
+            got = storage.get_hashed(key, memory)
         except ObjectMissing:
             raise DataError(f"{printable(f'{storage.uri}/{key}')}: is missing from its data set") from None
-        found = sha256(data)
-        if found == expected_sha256:
-            return data
+        if got.sha256 == expected_sha256:
+            return got.data
     raise DataError(
-        f"{printable(f'{storage.uri}/{key}')}: is damaged or was exchanged: its {len(data)} bytes have SHA-256 "
-        f"{found[:16]}… and the data set names {expected_sha256[:16]}… (fetched {_FETCH_ATTEMPTS} times)"
+        f"{printable(f'{storage.uri}/{key}')}: is damaged or was exchanged: its {len(got)} bytes have SHA-256 "
+        f"{got.sha256[:16]}… and the data set names {expected_sha256[:16]}… (fetched {_FETCH_ATTEMPTS} times)"
     )
 
 
@@ -291,7 +290,7 @@ class ShardReader:
 
     def _fetched(self, shard: Shard) -> _LoadedShard | RangedShard:
         storage = self._dataset.storage
-        raw_index = self._fetch(storage, shard.index_key, shard.index_sha256, _fresh)
+        raw_index = self._fetch(storage, shard.index_key, shard.index_sha256)
         try:
             index = parse_index(raw_index)
             if (index.count, index.tar_sha256, index.tar_num_bytes) != (
@@ -304,15 +303,11 @@ class ShardReader:
             raise DataError(f"{self._dataset.uri_of_index(shard)}: {error}") from None
         if self._by_ranges(shard):
             return RangedShard(*self._dataset.tar_of(shard), self._dataset.uri_of(shard), index)
-        tar = memoryview(self._fetch(*self._dataset.tar_of(shard), shard.sha256, self._memory))
+        tar = self._fetch(*self._dataset.tar_of(shard), shard.sha256, self._memory)
         if index.length.sum() >= _DENSE * len(tar):
             return _LoadedShard(tar, index.offset, index)
         spans = zip(index.offset.tolist(), index.length.tolist(), strict=True)
         return _end_to_end((tar[offset : offset + length] for offset, length in spans), index)
-
-
-def _fresh(num_bytes: int) -> memoryview:
-    return memoryview(bytearray(num_bytes))
 
 
 def _server(uri: str) -> str:

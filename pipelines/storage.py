@@ -10,6 +10,7 @@ What the rest of the project relies on, and what the kinds that can be written t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -49,6 +50,24 @@ class ObjectInfo:
 Memory = Callable[[int], memoryview]
 """Gives so many writable bytes, whose content is undefined."""
 
+# of a file so many bytes are hashed while they are still in a core's cache
+_PIECE_BYTES = 2**18
+
+
+def new_memory(num_bytes: int) -> memoryview:
+    return memoryview(bytearray(num_bytes))
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """An object's bytes, and their SHA-256 in hexadecimal."""
+
+    data: memoryview
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.data)
+
 
 class Storage(Protocol):
     """Objects below one prefix.  Keys are relative to it, with `/` between their parts."""
@@ -64,7 +83,7 @@ class Storage(Protocol):
         """The whole object; raises `ObjectMissing`."""
         ...
 
-    def get_into(self, key: str, memory: Memory) -> memoryview:
+    def get_hashed(self, key: str, memory: Memory = new_memory) -> Hashed:
         """As `get`, in memory that `memory` gives; for who knows the object's hash and compares it himself."""
         ...
 
@@ -153,10 +172,14 @@ def checked_key(key: str) -> str:
     return key
 
 
-def read_file_into(file: BinaryIO, memory: Memory) -> memoryview:
+def read_hashed(file: BinaryIO, memory: Memory = new_memory) -> Hashed:
     """What an open file holds, as much as it held when this began, or less where it has been cut."""
     room = memory(os.fstat(file.fileno()).st_size)
-    return room[: file.readinto(room)]  # type: ignore[attr-defined]  # BinaryIO lacks it
+    digest, end = hashlib.sha256(), 0
+    while count := file.readinto(room[end : end + _PIECE_BYTES]):  # type: ignore[attr-defined]  # BinaryIO lacks it
+        digest.update(room[end : end + count])
+        end += count
+    return Hashed(room[:end], digest.hexdigest())
 
 
 # a folder, or something below a file, is no object
@@ -194,9 +217,9 @@ class FileStorage:
         with self._reading(key) as file:
             return file.read()
 
-    def get_into(self, key: str, memory: Memory) -> memoryview:
+    def get_hashed(self, key: str, memory: Memory = new_memory) -> Hashed:
         with self._reading(key) as file:
-            return read_file_into(file, memory)
+            return read_hashed(file, memory)
 
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[BinaryIO]:

@@ -18,8 +18,9 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
 from pipelines.errors import UserError, one_line, printable, without_password
-from pipelines.retries import Data, Read1, TryAgain, insist, read_steadily, read_steadily_into
+from pipelines.retries import Data, Read1, TryAgain, insist, read_steadily, read_steadily_hashed
 from pipelines.storage import (
+    Hashed,
     Memory,
     NoRanges,
     ObjectInfo,
@@ -27,6 +28,7 @@ from pipelines.storage import (
     ObjectTooShort,
     StorageError,
     checked_key,
+    new_memory,
 )
 
 Result = TypeVar("Result")
@@ -93,8 +95,8 @@ class HttpStorage:
     def get(self, key: str) -> bytes:
         return self._get(key, read_steadily)
 
-    def get_into(self, key: str, memory: Memory) -> memoryview:
-        return self._get(key, functools.partial(read_steadily_into, memory))
+    def get_hashed(self, key: str, memory: Memory = new_memory) -> Hashed:
+        return self._get(key, functools.partial(read_steadily_hashed, memory))
 
     def _get(self, key: str, read: Callable[[Read1, int], Data]) -> Data:
         def accept(response: urllib3.BaseHTTPResponse) -> Data:

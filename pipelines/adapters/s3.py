@@ -31,14 +31,16 @@ from botocore.parsers import ResponseParserError
 
 from pipelines.adapters.s3_bodies import body, check_stored, contradicts_etag, stated_length, too_short
 from pipelines.errors import UserError, one_line, printable, without_password
-from pipelines.retries import Data, Read1, TryAgain, insist, read_steadily, read_steadily_into
+from pipelines.retries import Data, Read1, TryAgain, insist, read_steadily, read_steadily_hashed
 from pipelines.storage import (
+    Hashed,
     Memory,
     NoRanges,
     ObjectInfo,
     ObjectMissing,
     StorageError,
     checked_key,
+    new_memory,
 )
 
 Result = TypeVar("Result")
@@ -211,8 +213,8 @@ class S3Storage:
 
         return self._get(key, read_steadily, checked)
 
-    def get_into(self, key: str, memory: Memory) -> memoryview:
-        return self._get(key, functools.partial(read_steadily_into, memory), lambda _, data: data)
+    def get_hashed(self, key: str, memory: Memory = new_memory) -> Hashed:
+        return self._get(key, functools.partial(read_steadily_hashed, memory), lambda _, data: data)
 
     def _get(
         self, key: str, read: Callable[[Read1, int], Data], checked: Callable[[Any, Data], Data]

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import pytest
 
-from pipelines.buffers import Buffers
 from pipelines.retries import Budget
 from pipelines.storage import ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
 from tests.support.s3 import use_endpoint
@@ -94,13 +93,13 @@ def test_s3_without_a_length_where_what_was_written_is_read_again(monkeypatch: p
     [with_length("many"), with_length("5, 6"), with_length("5", more="\r\nLast-Modified: once")],
     ids=["length", "lengths", "time"],
 )
-@pytest.mark.parametrize("call", ["get", "get_into", "get_range", "exists"])
+@pytest.mark.parametrize("call", ["get", "get_hashed", "get_range", "exists"])
 def test_s3_headers_that_cannot_be_read(answer: bytes, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(lambda request: answer) as (address, heard):
         storage = on_s3(monkeypatch, address)
         calls = {
             "get": lambda: storage.get("x"),
-            "get_into": lambda: storage.get_into("x", Buffers().bytes),
+            "get_hashed": lambda: storage.get_hashed("x"),
             "get_range": lambda: storage.get_range("x", 0, 3),
             "exists": lambda: storage.exists("x"),
         }

@@ -20,11 +20,16 @@ from pipelines.dataset import FORMAT, RECORD_KEY, SHARDS_KEY, VERSION, Dataset, 
 from pipelines.entries import Entries, Entry
 from pipelines.images import encode_png
 from pipelines.shards import PackedShard, Sample, pack, sha256
-from pipelines.storage import Memory, ObjectInfo, Storage, open_storage
+from pipelines.storage import Hashed, Memory, ObjectInfo, Storage, new_memory, open_storage
 
 
 def random_images(count: int, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def hashed(data: bytes) -> Hashed:
+    """As a storage gives it."""
+    return Hashed(memoryview(data), sha256(data))
 
 
 def write_image(path: Path, pixels: NDArray[np.uint8], **options: object) -> None:
@@ -143,11 +148,11 @@ class WatchedStorage:
             time = self.gets[key]
         return self._on_get(key, self.inner.get(key), time)
 
-    def get_into(self, key: str, memory: Memory) -> memoryview:
+    def get_hashed(self, key: str, memory: Memory = new_memory) -> Hashed:
         data = self.get(key)
         into = memory(len(data))
         into[:] = data
-        return into
+        return Hashed(into, sha256(data))
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self._lock:

@@ -24,7 +24,7 @@ from pipelines.checkpoints import (
     select,
     step_name,
 )
-from pipelines.storage import FileStorage, Memory, ObjectInfo, Storage, open_storage
+from pipelines.storage import FileStorage, Hashed, Memory, ObjectInfo, Storage, new_memory, open_storage
 
 
 def state(step: int, fill: float | None = None) -> State:
@@ -167,8 +167,8 @@ class StoppingStorage:
     def get(self, key: str) -> bytes:
         return self._inner.get(key)
 
-    def get_into(self, key: str, memory: Memory) -> memoryview:
-        return self._inner.get_into(key, memory)
+    def get_hashed(self, key: str, memory: Memory = new_memory) -> Hashed:
+        return self._inner.get_hashed(key, memory)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         return self._inner.get_range(key, start, length)

@@ -10,7 +10,7 @@ import pytest
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import Dataset
 from pipelines.shard_reader import ShardReader, fetch_verified
-from pipelines.storage import Memory, Storage
+from pipelines.storage import Memory, Storage, new_memory
 from tests.support.data import dataset_of
 
 
@@ -58,8 +58,8 @@ class Watched:
         )
 
     def _fetch(
-        self, storage: Storage, key: str, expected_sha256: str, memory: Memory | None = None
-    ) -> bytes | memoryview:
+        self, storage: Storage, key: str, expected_sha256: str, memory: Memory = new_memory
+    ) -> memoryview:
         if key.endswith(".tar"):
             self.fetched.append(int(key[-5]))
         return fetch_verified(storage, key, expected_sha256, memory)

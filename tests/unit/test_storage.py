@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from pipelines.adapters.s3 import S3Storage, _client
-from pipelines.buffers import Buffers
 from pipelines.errors import UserError
+from pipelines.shards import sha256
 from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
+from tests.support.data import hashed
 from tests.support.s3 import BUCKET, SERVERS, S3Server, free_port, use_endpoint, use_server
 
 HOSTILE = ["a\0b", "\udce9", "", "/etc/passwd", "..", "../x", "a/../../x", "a/..", ".", "a/./b", "a//b", "a/"]
@@ -70,8 +71,9 @@ def test_an_object_can_be_had_in_given_memory(storage: Storage, num_bytes: int) 
         asked.append(num_bytes)
         return memoryview(bytearray(b"?" * num_bytes))
 
-    got = storage.get_into("x", memory)
-    assert bytes(got) == (bytes(range(256)) * 8193)[:num_bytes] == storage.get("x")
+    got = storage.get_hashed("x", memory)
+    assert bytes(got.data) == (bytes(range(256)) * 8193)[:num_bytes] == storage.get("x")
+    assert got.sha256 == sha256(got.data)
     assert asked == [num_bytes]
 
 
@@ -84,7 +86,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_not_filled_up(tmp_path: Path) ->
         os.truncate(path, 400)
         return memoryview(bytearray(b"?" * num_bytes))
 
-    assert open_storage(str(tmp_path)).get_into("x", memory) == b"a" * 400
+    assert open_storage(str(tmp_path)).get_hashed("x", memory) == hashed(b"a" * 400)
 
 
 def test_a_version_changes_with_the_content(storage: Storage) -> None:
@@ -226,7 +228,7 @@ def test_a_folder_that_goes_while_something_is_written_into_it_comes_back(
 def test_a_missing_object_is_named(storage: Storage, key: str) -> None:
     storage.put("folder/y", b"")
     storage.put("file", b"")
-    for attempt in (lambda: storage.get(key), lambda: storage.get_into(key, Buffers().bytes)):
+    for attempt in (lambda: storage.get(key), lambda: storage.get_hashed(key)):
         with pytest.raises(ObjectMissing, match=key):
             attempt()
 
@@ -235,7 +237,7 @@ def test_a_missing_object_is_named(storage: Storage, key: str) -> None:
 def test_hostile_keys_are_refused_by_everything(storage: Storage, key: str) -> None:
     attempts: list[Callable[[], object]] = [
         lambda: storage.get(key),
-        lambda: storage.get_into(key, Buffers().bytes),
+        lambda: storage.get_hashed(key),
         lambda: storage.get_range(key, 0, 1),
         lambda: storage.put(key, b""),
         lambda: storage.put_if_absent(key, b""),

@@ -21,13 +21,12 @@ from cryptography.x509.oid import NameOID
 
 from pipelines import retries
 from pipelines.adapters import https
-from pipelines.buffers import Buffers
 from pipelines.dataset import DataError, Dataset
 from pipelines.reader import StreamBatches
 from pipelines.retries import Budget, Pace
 from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
 from pipelines.stored_order import read_split
-from tests.support.data import dataset_of
+from tests.support.data import dataset_of, hashed
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3 import HostileS3, free_port
 
@@ -116,7 +115,7 @@ def test_trouble_that_passes(web: tuple[HostileS3, Storage], trouble: str) -> No
     server.script = lambda method, path, number: trouble if number <= 3 else ""
     assert storage.get("x") == BODY
     server.requests.clear()
-    assert storage.get_into("x", Buffers().bytes) == BODY
+    assert storage.get_hashed("x") == hashed(BODY)
     assert len(server.requests) == 4
     server.requests.clear()
     assert storage.get_range("x", 100, 2000) == BODY[100:2100]
