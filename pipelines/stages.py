@@ -254,7 +254,13 @@ class Stages:
                 yield sample
 
         try:
-            yield from stage.call(counted())
+            given = stage.call(counted())
+            if not isinstance(given, Iterable):
+                hint = "; what makes a stage has args, {} at least" if callable(given) else ""
+                raise batch.error or _error(
+                    stage, batch, 0, f"returns {type(given).__name__}, not its samples{hint}"
+                )
+            yield from given
         except StageError:
             raise
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -269,6 +270,15 @@ def nothing(samples: Iterable[Sample]) -> Any:
     return None
 
 
+def factory(amount: int = 1) -> Any:
+    return negate
+
+
+def swallow(samples: Iterable[Sample]) -> Any:
+    with contextlib.suppress(Exception):
+        list(samples)
+
+
 def apply(*stages: Callable[[Iterable[Sample]], Iterable[Sample]], seed: int = 1) -> NDArray[np.uint8]:
     images = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4, 1)
     label = np.array([0, 1, 2])
@@ -293,7 +303,8 @@ def apply(*stages: Callable[[Iterable[Sample]], Iterable[Sample]], seed: int = 1
         (mislabel, "sample 'a': makes its label 10, and the data set has 10 classes"),
         (fail, "sample 'b': raises ZeroDivisionError: of mine"),
         (fail_at_once, "sample 'a': raises RuntimeError: not today"),
-        (nothing, "sample 'a': raises TypeError"),
+        (nothing, "sample 'a': returns NoneType, not its samples$"),
+        (factory, "sample 'a': returns function, not its samples; what makes a stage has args, {} at least$"),
         (lambda samples: iter(()), "sample 'a': drops it"),
     ],
 )
@@ -315,6 +326,8 @@ def test_an_error_that_a_later_stage_catches_is_still_the_earlier_ones() -> None
         except Exception:  # noqa: BLE001
             return
 
+    with pytest.raises(StageError, match=r"stages\[0\]: my\.fail: sample 'b': raises ZeroDivisionError"):
+        apply(fail, swallow)
     with pytest.raises(StageError, match=r"stages\[0\]: my\.fail: sample 'b': raises ZeroDivisionError"):
         apply(fail, swallow)
 
