@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 # fetched without it, a second time at worst.
 LOCK_WAIT_S = 60.0
 _POLL_S = 0.02
+_JUST_MADE_S = 600.0
 _NEW = ".new-"
 _NEW_NAME = re.compile(r"\.new-[a-z0-9_]{8}")
 _OBJECT_NAME = re.compile("[0-9a-f]{64}")
@@ -210,11 +211,12 @@ class DiskCache:
         for file in self._folder.glob(f"{_NEW}*"):
             # one that is locked is being written; one that was just made is locked in a moment
             with contextlib.suppress(OSError):
-                if not (_NEW_NAME.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode)):
+                found = file.lstat()
+                if not (_NEW_NAME.fullmatch(file.name) and stat.S_ISREG(found.st_mode)):
+                    continue
+                if found.st_size == 0 and time.time() - found.st_mtime < _JUST_MADE_S:
                     continue
                 with _open(file) as left:
-                    if left.seek(0, os.SEEK_END) == 0:
-                        continue
                     fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     log.info("removing %s, which a killed process left", file)
                     file.unlink(missing_ok=True)

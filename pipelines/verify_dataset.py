@@ -18,6 +18,8 @@ from pipelines.verify_shards import Contents, check_index, check_samples, conden
 # shards that are fetched and looked at side by side
 _SHARDS_AT_ONCE = 4
 
+_MISSING = "is missing"
+
 
 def verify_dataset(dataset: Dataset, *, deep: bool = False, progress: Progress | None = None) -> Verified:
     """Check every shard of every split against the record: both objects' SHA-256, the tar's size, the index
@@ -69,7 +71,12 @@ def _advice(dataset: Dataset, listed_wrong: bool, problems: list[Problem]) -> st
     advice = []
     if damaged - theirs:
         which = "indexes" if theirs else "objects"
-        advice.append(f"delete the {which} named, then the same `ddpm prepare` makes them again")
+        gone = {problem.object for problem in problems if problem.reason == _MISSING}
+        advice.append(
+            f"the same `ddpm prepare` makes the missing {which} again"
+            if damaged - theirs <= gone
+            else f"delete the {which} named, then the same `ddpm prepare` makes them again"
+        )
     if damaged & theirs:
         advice.append(
             "restore each tar that is named from where it came (`ddpm prepare` can't make it again)"
@@ -145,7 +152,7 @@ def _fetch(
     try:
         data = storage.get(key)
     except ObjectMissing:
-        return None, "is missing"
+        return None, _MISSING
     except StorageError:
         raise
     except UserError as error:

@@ -206,12 +206,19 @@ def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_p
     place.get(0)
     left = place.folder / ".new-left_42x"
     left.write_bytes(b"half")
+    # before its first byte it is not locked yet
+    empty, new = place.folder / ".new-empty_42", place.folder / ".new-new_1234"
+    empty.touch()
+    os.utime(empty, (0, 0))
+    new.touch()
     with (place.folder / ".new-living_4").open("wb") as living:
         living.write(b"half")
         living.flush()
         fcntl.flock(living, fcntl.LOCK_EX)
         place.get(1)
     assert not left.exists()
+    assert not empty.exists()
+    assert new.exists()
     assert (place.folder / ".new-living_4").exists()
 
 

@@ -325,8 +325,11 @@ def test_tars_that_prepare_did_not_write_are_to_be_restored(prefix: Path, by: st
     restore = "restore each tar that is named from where it came (`ddpm prepare` can't make it again)"
     assert verified(prefix).advice == restore
     (prefix / shard.index_key).unlink()
-    delete = "delete the indexes named, then the same `ddpm prepare` makes them again"
-    assert verified(prefix).advice == f"{delete}; {restore}"
+    again = "the same `ddpm prepare` makes the missing indexes again"
+    assert verified(prefix).advice == f"{again}; {restore}"
+    (prefix / shard.index_key).write_bytes(b"other")
+    again = "delete the indexes named, then the same `ddpm prepare` makes them again"
+    assert verified(prefix).advice == f"{again}; {restore}"
 
 
 def test_what_the_readers_message_advises_mends_the_data_set(
@@ -344,6 +347,7 @@ def test_what_the_readers_message_advises_mends_the_data_set(
     assert {line.split(": ")[0] for line in named} == {f"{dataset.uri}/{TAR}"}
     assert advice == "what to do: delete the objects named, then the same `ddpm prepare` makes them again"
     (root / TAR).unlink()
+    assert verified(root).advice == "the same `ddpm prepare` makes the missing objects again"
     assert prepare("digits", str(root), shard_count=3).identity == dataset.identity
     assert lines(root, deep=True) == []
     assert len(list(read_split(dataset, "train"))) == dataset.count("train")
