@@ -48,7 +48,7 @@ from pipelines.reader import StreamBatches
 from pipelines.shards import Sample, pack
 from tests.bench import peer_streaming
 from tests.support.data import put_dataset
-from tests.support.s3 import BUCKET, moto_server, use_endpoint
+from tests.support.s3 import BUCKET, running, use_server
 
 BATCH = 64
 DIFFERENT = 256
@@ -62,6 +62,12 @@ Images = Iterator[NDArray[np.uint8] | torch.Tensor]
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument(
+        "--s3",
+        choices=("ceph", "moto"),
+        default="ceph" if shutil.which("radosgw") else "moto",
+        help="the server: Ceph's gateway, where it is installed, or moto, an emulator, which keeps no connection",
+    )
     options.add_argument("--no-ray", action="store_true", help="leave Ray Data out")
     options.add_argument(
         "--memory", type=int, default=100_000, help="samples of the epoch whose memory is shown"
@@ -71,17 +77,18 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if given.only is None:
-            compare_kinds(folder, given.rounds, with_ray=not given.no_ray)
+            compare_kinds(folder, given.s3, given.rounds, with_ray=not given.no_ray)
         side = KINDS["PNG 32×32"][0]
         show_memory(put(f"file://{folder}/many", make_files(side), given.memory, 1000, side))
 
 
-def compare_kinds(folder: str, rounds: int, *, with_ray: bool) -> None:
+def compare_kinds(folder: str, s3: str, rounds: int, *, with_ray: bool) -> None:
+    print(f"S3 by {s3}")
     with (
-        moto_server(Path(folder) / "moto.log") as endpoint,
+        running(s3, Path(folder)) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
-        use_endpoint(patch, endpoint)
+        use_server(patch, server)
         token = Path(folder) / "ray-token"
         token.write_text(secrets.token_hex(32))
         patch.setenv("RAY_AUTH_MODE", "token")
