@@ -75,3 +75,13 @@ def test_what_is_held_keeps_its_content_and_kinds_and_sizes_do_not_mix() -> None
         if number % 4 == 1:
             held.append((number, tensor))
     assert all(bool((tensor == number).all()) for number, tensor in held)
+
+
+def test_memory_of_one_size_is_found_behind_that_of_another() -> None:
+    buffers = Buffers(spare=2)
+    small, large = buffers.bytes(2**16), buffers.bytes(2**20)
+    where = np.frombuffer(small, np.uint8).ctypes.data
+    del small
+    del large
+    again = buffers.bytes(2**16)
+    assert np.frombuffer(again, np.uint8).ctypes.data == where
