@@ -25,7 +25,7 @@ from pipelines.prepare import Progress
 from pipelines.prepare_commit import check_writable, claim, commit, finished
 from pipelines.prepare_plan import keyed_hash
 from pipelines.prepare_shards import MAX_NAMED, Bad, BadImages, Workers
-from pipelines.shards import Columns, index_of, sha256
+from pipelines.shards import INDEX_ENCODINGS, Columns, Encoding, index_of, sha256
 from pipelines.source_find import Found, find
 from pipelines.source_tar import LABEL_EXTENSION
 from pipelines.sources import fingerprint, state_of, warn_passed_over
@@ -149,7 +149,7 @@ class _Assigned:
     def shards(self) -> Iterator[tuple[Shard, bytes]]:
         """Each with its index; a shard's key is that of its tar in the source."""
         for split, index_key, tar, numbers in self.tars:
-            index = _index(tar, numbers)
+            index = _index(tar, numbers, INDEX_ENCODINGS[0])
             count = len(tar.labels)
             shard = Shard(split, tar.key, index_key, count, tar.num_bytes, tar.sha256, sha256(index))
             yield shard, index
@@ -217,9 +217,9 @@ def _hashes(tar: Scanned) -> NDArray[np.int64]:
     return hashes_of(zip(tar.keys, *numbers, strict=True), len(tar.keys))
 
 
-def _index(tar: Scanned, numbers: Integers) -> bytes:
+def _index(tar: Scanned, numbers: Integers, encoding: Encoding) -> bytes:
     columns: Columns = {"key": list(tar.keys), **tar.columns, "label": numbers}
-    return index_of(columns, tar.sha256, tar.num_bytes)
+    return index_of(columns, tar.sha256, tar.num_bytes, encoding)
 
 
 def _complete(dataset: Dataset, found: Found, scan: Callable[[tuple[str, int]], Scanned]) -> None:
@@ -239,8 +239,10 @@ def _complete(dataset: Dataset, found: Found, scan: Callable[[tuple[str, int]], 
             log.warning("%s/%s is missing: made again", storage.uri, shard.index_key)
             tar = scan(tars[shard.key])
             of_value = [_number_of(label, dataset.classes) for label in tar.labels.values]
-            index = _index(tar, np.array(of_value, np.int64)[tar.labels.codes])
-            if tar.bad or sha256(index) != shard.index_sha256:
+            numbers = np.array(of_value, np.int64)[tar.labels.codes]
+            made = (_index(tar, numbers, encoding) for encoding in INDEX_ENCODINGS)
+            index = next((index for index in made if sha256(index) == shard.index_sha256), None)
+            if tar.bad or index is None:
                 raise UserError(
                     f"{storage.uri}/{shard.index_key}: is lost, and can't be made again as it was (the tar has "
                     "changed, or another PyArrow wrote it): choose another --out"

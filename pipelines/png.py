@@ -1,4 +1,4 @@
-"""Writing PNG files: Pillow's bytes in half of Pillow's time, or fpng's, many times faster and larger.
+"""Writing PNG files: Pillow's bytes faster than by Pillow, or fpng's, many times faster and larger.
 
 Much of Pillow's time for small images goes into what surrounds its compressor (an image object, a dictionary of
 options and a file for each) and into the choice of each line's filter, a byte at a time. Here the filters of many
@@ -8,13 +8,13 @@ together by hand.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,16 +32,13 @@ _COLOUR_TYPE = {1: 0, 3: 2}
 _MODE = {1: "L", 3: "RGB"}
 _IDAT_CRC = zlib.crc32(b"IDAT")
 _END = b"\0\0\0\0IEND\xaeB`\x82"
-# what Pillow is built with: one compresses, the others unpack sources
-_LIBRARIES = {
-    "zlib-ng": "zlib_ng",
-    "zlib": "zlib",
-    "libjpeg-turbo": "libjpeg_turbo",
-    "libwebp": "webp",
-    "libtiff": "libtiff",
-}
 # pixels that lie in one image together: they stay in a core's cache
 _PIXELS_TOGETHER = 2**16
+# Pillow adds up the bytes of a line in an int, which longer ones may overflow
+_LONGEST_LINE = 2**24
+# So much zlib may be shown at a time: as long as it need not move its window, which is twice as large, it gives the
+# same bytes as for one line after the other.
+_SHOWN_AT_ONCE = 2**15
 
 
 def encode_pngs(images: NDArray[np.uint8], encoder: PngEncoder = "pillow") -> list[bytes]:
@@ -56,28 +53,13 @@ def encode_pngs(images: NDArray[np.uint8], encoder: PngEncoder = "pillow") -> li
     if encoder == "fpng":
         return _by_fpng(images)
     count, channels, height, width = images.shape
-    encode = _as_pillow()
+    encode = _as_pillow() if channels * width < _LONGEST_LINE else _by_save
     at_once = max(_PIXELS_TOGETHER // (height * width), 1)
     files: list[bytes] = []
     for start in range(0, count, at_once):
         rows = _channels_last(images[start : start + at_once])
         files += encode(rows.reshape((-1, width) if channels == 1 else (-1, width, 3)), height)
     return files
-
-
-@lru_cache(maxsize=2)
-def libraries(encoder: PngEncoder = "pillow") -> str:
-    """The libraries, with their versions, that decide beside pixels and settings which bytes an image becomes."""
-    parts = [f"Pillow {version('Pillow')}"]
-    for name, feature in _LIBRARIES.items():
-        parts.append(f"{name} {features.version(feature) or 'none'}")
-    parts.append(f"PyArrow {version('pyarrow')}")
-    if encoder == "fpng":
-        try:
-            parts.append(f"fpng {version('fpng')}")
-        except PackageNotFoundError:
-            parts.append("no fpng")
-    return ", ".join(parts)
 
 
 def _channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -105,7 +87,7 @@ def check_encoder(encoder: PngEncoder, channels: int, field: str) -> None:
         raise UserError(f"{field}: {error}") from None
 
 
-# of images of one height one below the other, uint8 `[N H, W]` or `[N H, W, 3]`, the file of each
+# Gives the file of each image, of images of one height one below the other, uint8 `[N H, W]` or `[N H, W, 3]`.
 _Way = Callable[[NDArray[np.uint8], int], list[bytes]]
 
 
@@ -121,12 +103,18 @@ def _as_pillow() -> _Way:
         (draw.integers(0, 256, (150, 500), np.uint8), 150),
     )
     for way in (_by_zlib, _by_compressor):
-        try:
-            if all(way(*test) == _by_save(*test) for test in tests):
+        # what is no public part of Pillow may fail in any way
+        with contextlib.suppress(Exception):
+            if (way is not _by_zlib or _same_zlib()) and all(way(*test) == _by_save(*test) for test in tests):
                 return way
-        except (AttributeError, TypeError, ValueError, OSError):
-            pass
     return _by_save
+
+
+def _same_zlib() -> bool:
+    """Whether Python's zlib is the one that Pillow compresses with, and not zlib-ng, whose answer may depend on how
+    much it is shown at a time of any image.
+    """
+    return features.version("zlib") == zlib.ZLIB_RUNTIME_VERSION and "ng" not in zlib.ZLIB_RUNTIME_VERSION
 
 
 def _by_save(stacked: NDArray[np.uint8], height: int) -> list[bytes]:
@@ -139,28 +127,24 @@ def _by_save(stacked: NDArray[np.uint8], height: int) -> list[bytes]:
 
 
 def _by_zlib(stacked: NDArray[np.uint8], height: int) -> list[bytes]:
-    """By Python's zlib, where it is the one that Pillow compresses with.
-
-    Raises `ValueError` where it is another, or zlib-ng, whose answer may depend on how much it is shown at a time.
-    """
-    if features.version("zlib") != zlib.ZLIB_RUNTIME_VERSION or "ng" in zlib.ZLIB_RUNTIME_VERSION:
-        raise ValueError("not Pillow's zlib")
+    """By Python's zlib, if it is Pillow's, which is told what Pillow tells it."""
     lines = stacked.reshape(len(stacked), -1)
-    # what zlib is told by Pillow
-    settings = (
-        zlib.Z_DEFAULT_COMPRESSION,
-        zlib.DEFLATED,
-        zlib.MAX_WBITS,
-        zlib.DEF_MEM_LEVEL + 1,
-        zlib.Z_FILTERED,
-    )
+    stored = filtered(lines, height, lines.shape[1] // stacked.shape[1])
+    shown = height if height * stored.shape[1] <= _SHOWN_AT_ONCE else 1
     at_most = _chunk_bytes(stacked)
     files = []
-    for image in filtered(lines, height, lines.shape[1] // stacked.shape[1]).reshape(
-        len(lines) // height, -1
-    ):
-        compressor = zlib.compressobj(*settings)
-        data = compressor.compress(image.data) + compressor.flush()
+    for top in range(0, len(stored), height):
+        compressor = zlib.compressobj(
+            zlib.Z_DEFAULT_COMPRESSION,
+            zlib.DEFLATED,
+            zlib.MAX_WBITS,
+            zlib.DEF_MEM_LEVEL + 1,
+            zlib.Z_FILTERED,
+        )
+        parts = [
+            compressor.compress(stored[line : line + shown].data) for line in range(top, top + height, shown)
+        ]
+        data = b"".join((*parts, compressor.flush()))
         files.append(_file(stacked, height, (data[at : at + at_most] for at in range(0, len(data), at_most))))
     return files
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pipelines.dataset import RECORD_KEY, SPLITS, Dataset, Shard
 from pipelines.errors import UserError, printable
-from pipelines.png import PngEncoder, check_encoder, libraries
+from pipelines.libraries import libraries
+from pipelines.png import PngEncoder, check_encoder
 from pipelines.prepare_commit import check_writable, claim, commit, discard, finished
 from pipelines.prepare_plan import DEFAULT_SAMPLES_PER_SHARD, Plan, plan_shards
 from pipelines.prepare_shards import (

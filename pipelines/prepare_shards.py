@@ -10,9 +10,9 @@ from typing import Protocol, TypeVar
 
 from pipelines.dataset import Shard
 from pipelines.errors import UserError
-from pipelines.png import libraries
+from pipelines.libraries import libraries
 from pipelines.preprocess import Preprocessing, inspect
-from pipelines.shards import Sample, check_members, pack, parse_index, sha256
+from pipelines.shards import INDEX_ENCODINGS, Sample, check_members, pack, parse_index, sha256
 from pipelines.sources import Entry, Reader
 from pipelines.storage import Storage
 
@@ -50,7 +50,7 @@ class ShardPlan:
 @dataclass(frozen=True)
 class Recipe:
     """What making a shard needs besides its plan. `shape`: that of every image. `libraries`: those that must make
-    its bytes, see `pipelines.png.libraries`.
+    its bytes, see `pipelines.libraries`.
     """
 
     storage: Storage
@@ -190,9 +190,13 @@ def make_shard(
         tell(done)
     if bad or job.look_only:
         return Refused(tuple(bad))
-    packed = pack(samples[entry.key] for entry in plan.entries)
-    shard = _row(plan, len(packed.tar), packed.tar_sha256, packed.index)
-    if job.named is not None and shard != job.named:
+    # a shard that is made again is what it was, by whichever version of this program
+    for encoding in INDEX_ENCODINGS if job.named else INDEX_ENCODINGS[:1]:
+        packed = pack((samples[entry.key] for entry in plan.entries), encoding)
+        shard = _row(plan, len(packed.tar), packed.tar_sha256, packed.index)
+        if job.named in (None, shard):
+            break
+    else:
         raise UserError(
             f"{storage.uri}/{plan.key}: can't be made again here: its images, or the libraries that store them "
             "(Pillow, zlib, pyarrow), are not those that the data set was made with; use those, or choose another "

@@ -89,10 +89,10 @@ def read_steadily(read1: Read1, expected: int = 0, pace: Pace | None = None) -> 
 
 
 def read_steadily_hashed(memory: Memory, read1: Read1, expected: int = 0, pace: Pace | None = None) -> Hashed:
-    """As `read_steadily`, in memory that `memory` gives."""
+    """As `read_steadily`, in memory that `memory` gives, with the SHA-256."""
     room = _read_into(memory, read1, expected, pace)
-    # Not piece by piece, though these are in a core's cache: waking the sender between them costs more than that
-    # saves.
+    # Not piece by piece, though these are in a core's cache: meanwhile the sender falls asleep, and waking it costs
+    # more than that saves.
     return Hashed(room, hashlib.sha256(room).hexdigest())
 
 

@@ -32,18 +32,31 @@ _SCHEMA = pa.schema(
         ("crc32c", pa.uint32()),
     ]
 )
-# Places and lengths as differences, keys without what they share with the one before: mostly smaller than by
-# dictionaries and zstd, which sets up a compressor for each column, and read and written in a third of the time.
-_ENCODING: Mapping[str, Any] = {
-    "compression": "none",
-    "use_dictionary": ["label"],
-    "column_encoding": {
-        "key": "DELTA_BYTE_ARRAY",
-        "offset": "DELTA_BINARY_PACKED",
-        "length": "DELTA_BINARY_PACKED",
-        "crc32c": "PLAIN",
-    },
-}
+Encoding = Mapping[str, Any]
+"""Options of `pyarrow.parquet.write_table`."""
+
+ZSTD: Encoding = MappingProxyType({"compression": "zstd"})
+# Those of indexes, the newest first; data sets with earlier ones are mended with these. Places and lengths are
+# stored as differences, keys without what they share with the one before. Only keys are compressed: setting up a
+# compressor for each column took most of the time that an index took to be written and read.
+INDEX_ENCODINGS: tuple[Encoding, ...] = (
+    MappingProxyType(
+        {
+            "compression": {
+                "key": "zstd",
+                **dict.fromkeys(("offset", "length", "label", "crc32c"), "none"),
+            },
+            "use_dictionary": ["label"],
+            "column_encoding": {
+                "key": "DELTA_BYTE_ARRAY",
+                "offset": "DELTA_BINARY_PACKED",
+                "length": "DELTA_BINARY_PACKED",
+                "crc32c": "PLAIN",
+            },
+        }
+    ),
+    ZSTD,
+)
 
 Columns = Mapping[str, Sequence[str | int] | NDArray[np.int64]]
 
@@ -107,8 +120,8 @@ def crc32c(data: bytes) -> int:
     return int(google_crc32c.value(data))
 
 
-def pack(samples: Iterable[Sample]) -> PackedShard:
-    """The tar and the index of these samples; the same samples give the same bytes.
+def pack(samples: Iterable[Sample], encoding: Encoding = INDEX_ENCODINGS[0]) -> PackedShard:
+    """The tar and the index of these samples; the same samples give the same bytes. `encoding`: the index's.
 
     A sample's members are `<key>.png` or `<key>.jpg`, `<key>.cls` (the class number in decimal) if it has a
     label, and the further ones, in the order of their extensions. Raises `ValueError` as `check_members`.
@@ -148,11 +161,12 @@ def pack(samples: Iterable[Sample]) -> PackedShard:
         "label": labels,
         "crc32c": list(map(google_crc32c.value, images)),
     }
-    return PackedShard(tar, index_of(columns, tar_sha256, len(tar)), len(keys), tar_sha256)
+    index = index_of(columns, tar_sha256, len(tar), encoding)
+    return PackedShard(tar, index, len(keys), tar_sha256)
 
 
 def index_of(
-    columns: Mapping[str, Sequence[str | int] | NDArray[np.int64]], tar_sha256: str, tar_num_bytes: int
+    columns: Columns, tar_sha256: str, tar_num_bytes: int, encoding: Encoding = INDEX_ENCODINGS[0]
 ) -> bytes:
     """The index with these columns (key, offset, length, label, crc32c) of a tar of this hash and size."""
     metadata = {
@@ -160,7 +174,7 @@ def index_of(
         _TAR_SHA256_KEY: tar_sha256,
         _TAR_BYTES_KEY: str(tar_num_bytes),
     }
-    return to_parquet(pa.table(dict(columns), schema=_SCHEMA.with_metadata(metadata)), _ENCODING)
+    return to_parquet(pa.table(dict(columns), schema=_SCHEMA.with_metadata(metadata)), encoding)
 
 
 def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> None:
@@ -179,10 +193,8 @@ def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> Non
             raise ValueError(f"its further member {extension!r} has no extension that WebDataset reads")
 
 
-def to_parquet(
-    table: pa.Table, encoding: Mapping[str, Any] = MappingProxyType({"compression": "zstd"})
-) -> bytes:
-    """The table as one Parquet file in memory, to be put in one piece. `encoding`: options of `write_table`."""
+def to_parquet(table: pa.Table, encoding: Encoding = ZSTD) -> bytes:
+    """The table as one Parquet file in memory, to be put in one piece."""
     with io.BytesIO() as file:
         pq.write_table(table, file, **encoding)
         return file.getvalue()

@@ -55,6 +55,7 @@ _PIECE_BYTES = 2**18
 
 
 def new_memory(num_bytes: int) -> memoryview:
+    """A `Memory` of which no part was used before."""
     return memoryview(bytearray(num_bytes))
 
 
@@ -84,7 +85,9 @@ class Storage(Protocol):
         ...
 
     def get_hashed(self, key: str, memory: Memory = new_memory) -> Hashed:
-        """As `get`, in memory that `memory` gives; for who knows the object's hash and compares it himself."""
+        """As `get`, in memory that `memory` gives, with the SHA-256 of what was read, for callers who know what it
+        must be; nothing else is checked.
+        """
         ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
@@ -173,7 +176,7 @@ def checked_key(key: str) -> str:
 
 
 def read_hashed(file: BinaryIO, memory: Memory = new_memory) -> Hashed:
-    """What an open file holds, as much as it held when this began, or less where it has been cut."""
+    """What an open file holds, as much as it held when this began, or less where it has been cut, hashed."""
     room = memory(os.fstat(file.fileno()).st_size)
     digest, end = hashlib.sha256(), 0
     while count := file.readinto(room[end : end + _PIECE_BYTES]):  # type: ignore[attr-defined]  # BinaryIO lacks it

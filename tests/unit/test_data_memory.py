@@ -62,6 +62,9 @@ class Watched:
     ) -> memoryview:
         if key.endswith(".tar"):
             self.fetched.append(int(key[-5]))
+        else:
+            # it is kept as long as the shard, whose memory it must not take
+            assert memory is new_memory
         return fetch_verified(storage, key, expected_sha256, memory)
 
     def read(self, *shards: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from pipelines import png
 from pipelines.decode import decode
@@ -62,6 +62,43 @@ def test_also_those_of_images_that_pillow_cuts_into_several_chunks(channels: int
     assert saved(images[0]).count(b"IDAT") > 1
 
 
+def test_also_where_a_chunk_ends_just_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures("noise", 1, (3, 40, 9))
+    monkeypatch.setattr(ImageFile, "MAXBLOCK", len(saved(images[0])) - 57)
+    assert saved(images[0]).count(b"IDAT") == 1
+    assert encode_pngs(images) == [saved(images[0])]
+    for at_most in (64, 100, 997):
+        monkeypatch.setattr(ImageFile, "MAXBLOCK", at_most)
+        assert encode_pngs(images) == [saved(images[0])]
+
+
+def test_also_where_zlib_moves_its_window() -> None:
+    """Which it does at byte 65,274 if it has seen no more yet, and then passes over a match that begins there."""
+    differing = 0
+    for seed in range(12):
+        lines = np.random.default_rng(seed).integers(-20, 21, (300, 257)).astype(np.uint8)
+        # the bytes that name the filter, one of which lies in the match
+        lines[:, 0] = lines.reshape(-1)[32_768 + -65_274 % 257] = 0
+        lines.reshape(-1)[65_274:65_288] = lines.reshape(-1)[32_768:32_782]
+        images = lines[None, None, :, 1:].copy()
+        assert encode_pngs(images) == [saved(images[0])]
+        stored = filtered(images[0, 0], 300, 1)
+        whole = zlib.compressobj(-1, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)
+        differing += whole.compress(stored.tobytes()) + whole.flush() not in saved(images[0]).replace(
+            b"IDAT", b""
+        )
+    assert differing > 0
+
+
+def test_lines_that_are_too_long_for_pillows_sums_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures("noise", 2, (3, 2, 100))
+    monkeypatch.setattr(png, "_by_zlib", None)
+    monkeypatch.setattr(png, "_by_compressor", None)
+    monkeypatch.setattr(png, "_as_pillow", lambda: None)
+    monkeypatch.setattr(png, "_LONGEST_LINE", 300)
+    assert encode_pngs(images) == [saved(image) for image in images]
+
+
 def test_many_images_are_each_their_own() -> None:
     # more than lie in one strip
     images = pictures("gradient", 200, (3, 32, 32))
@@ -101,7 +138,7 @@ def test_the_fastest_way_whose_bytes_are_pillows_is_taken(monkeypatch: pytest.Mo
             assert choose() is png._by_compressor
 
     def fails(*arguments: object) -> list[bytes]:
-        raise TypeError("takes other arguments")
+        raise RuntimeError("takes other arguments")
 
     def other(stacked: NDArray[np.uint8], height: int) -> list[bytes]:
         return [b"something else"]

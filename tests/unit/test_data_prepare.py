@@ -7,6 +7,7 @@ import json
 import logging
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from pipelines import prepare_commit, prepare_shards
 from pipelines.dataset import Dataset
 from pipelines.decode import decode
 from pipelines.errors import UserError
-from pipelines.png import libraries
+from pipelines.libraries import libraries
 from pipelines.prepare import prepare
 from pipelines.prepare_commit import claim
 from pipelines.prepare_plan import plan_shards
 from pipelines.prepare_ray import PreparingStopped
-from pipelines.shards import Sample, pack, parse_index, sha256
+from pipelines.shards import INDEX_ENCODINGS, Encoding, PackedShard, Sample, pack, parse_index, sha256
 from pipelines.sources import Entry, open_source
 from pipelines.storage import FileStorage, Storage, StorageError, open_storage
 from pipelines.verify_dataset import verify_dataset
@@ -458,7 +459,7 @@ def test_what_can_not_be_made_again_byte_for_byte_is_refused_and_the_rest_stays(
     (out / "train/shard-000001.tar").unlink()
     left = files(out)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_shards, "pack", lambda samples: pack(padded(sample) for sample in samples))
+        patch.setattr(prepare_shards, "pack", packed_padded)
         line = refusal(str(photos), str(out), shard_count=3, image_size=6)
         assert "train/shard-000001.tar: can't be made again here" in line
     assert files(out) == left
@@ -472,7 +473,7 @@ def test_a_repair_takes_no_other_shard_that_is_whole_for_the_one_named(photos: P
     prepare(str(photos), str(out), shard_count=3)
     whole = files(out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_shards, "pack", lambda samples: pack(padded(sample) for sample in samples))
+        patch.setattr(prepare_shards, "pack", packed_padded)
         prepare(str(photos), str(other), shard_count=3)
     for name in ("train/shard-000001.tar", "train/shard-000001.index.parquet"):
         (out / name).write_bytes((other / name).read_bytes())
@@ -481,8 +482,29 @@ def test_a_repair_takes_no_other_shard_that_is_whole_for_the_one_named(photos: P
     assert files(out) == whole
 
 
-def padded(sample: Sample) -> Sample:
-    return sample._replace(image=sample.image + b"\0")
+def packed_padded(samples: Iterable[Sample], encoding: Encoding) -> PackedShard:
+    return pack((sample._replace(image=sample.image + b"\0") for sample in samples), encoding)
+
+
+@pytest.mark.parametrize("lost", ["tar", "index.parquet"])
+def test_a_set_with_an_earlier_encoding_of_indexes_is_mended_with_that(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_shards, "INDEX_ENCODINGS", INDEX_ENCODINGS[1:])
+        prepare(str(photos), str(out), shard_count=3)
+    whole = files(out)
+    (out / f"train/shard-000001.{lost}").unlink()
+    prepare(str(photos), str(out), shard_count=3)
+    assert files(out) == whole
+    prepare(str(photos), str(tmp_path / "new"), shard_count=3)
+    index = "train/shard-000001.index.parquet"
+    assert (tmp_path / "new" / index).read_bytes() != (out / index).read_bytes()
+
+
+def test_an_encoding_of_indexes_is_among_what_decides_the_bytes() -> None:
+    assert f", index encoding {len(INDEX_ENCODINGS)}" in libraries()
 
 
 def test_a_list_of_shards_that_the_record_does_not_name_is_not_put(
@@ -625,7 +647,7 @@ def test_a_worker_without_fpng_is_refused(photos: Path, tmp_path: Path, monkeypa
             raise PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr("pipelines.png.version", absent)
+    monkeypatch.setattr("pipelines.libraries.version", absent)
     libraries.cache_clear()
     try:
         assert libraries("fpng").endswith(", no fpng")

@@ -23,6 +23,7 @@ from pipelines.images import encode_png
 from pipelines.index_only import index_tars
 from pipelines.index_scan import Scanned, Scans, scan_tar
 from pipelines.prepare import prepare
+from pipelines.shards import INDEX_ENCODINGS
 from pipelines.storage import FileStorage, StorageError
 from pipelines.stored_order import read_split
 from pipelines.verify_dataset import verify_dataset
@@ -412,6 +413,17 @@ def test_a_finished_set_gets_back_a_lost_index(tmp_path: Path, monkeypatch: pyte
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "is lost, and can't be made again as it was" in refusal(index_tars, tars, out)
     assert not (out / lost.index_key).exists()
+
+
+def test_also_one_with_an_earlier_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars, out = put_tars(tmp_path / "in"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(index_only, "INDEX_ENCODINGS", INDEX_ENCODINGS[1:])
+        dataset = index_tars(str(tars), str(out))
+    before = files(out)
+    (out / dataset.shards("train")[2].index_key).unlink()
+    assert index_tars(str(tars), str(out)) == dataset
+    assert files(out) == before
 
 
 def test_tars_that_were_moved_or_written_anew_are_noticed(tmp_path: Path) -> None:

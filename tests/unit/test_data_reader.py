@@ -147,7 +147,8 @@ def test_an_altered_object_is_fetched_three_times_and_then_named(
     (tmp_path / bad).write_bytes(damage((tmp_path / bad).read_bytes()))
     storage = watched(dataset)
     advice = f"`ddpm verify {dataset.uri}` names all that is damaged, and what to do"
-    with pytest.raises(DataError, match=rf"{bad}: is damaged or was exchanged.*; {advice}") as error:
+    told = f"{bad}: is damaged or was exchanged: its {(tmp_path / bad).stat().st_size} bytes .*; {advice}"
+    with pytest.raises(DataError, match=told) as error:
         list(read_split(through(dataset, storage), "train"))
     assert "\n" not in str(error.value)
     assert storage.gets[bad] == 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 from pipelines.dataset import DataError
 from pipelines.shard_reader import ShardReader
-from pipelines.shards import PackedShard, index_of, parse_index, to_parquet
+from pipelines.shards import INDEX_ENCODINGS, PackedShard, index_of, parse_index, to_parquet
 from tests.support.data import packed, put_dataset, random_images
 
 DIGEST, SIZE, VERSION = b"ddpm.tar_sha256", b"ddpm.tar_num_bytes", b"ddpm.index_version"
@@ -86,6 +88,34 @@ def test_keys_that_are_no_text(shard: PackedShard) -> None:
 def test_an_index_of_nothing() -> None:
     empty = packed(random_images(0))
     assert parse_index(empty.index).count == 0
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        lambda number: f"{number:09d}",
+        lambda number: f"n{number // 50:08d}/n{number // 50:08d}_{number * 7919 % 30_000}",
+        lambda number: hashlib.sha256(b"%d" % number).hexdigest(),
+        lambda number: f"{number * 7919 % 1000}/{'a long middle that all of them share' * 3}/{number}",
+    ],
+)
+def test_no_keys_make_it_larger_than_it_was(key: Callable[[int], str]) -> None:
+    draw = np.random.default_rng(0)
+    columns: dict[str, Any] = {
+        "key": [key(number) for number in range(4096)],
+        "offset": np.cumsum(draw.integers(1000, 3000, 4096)),
+        "length": draw.integers(900, 2000, 4096),
+        "label": np.arange(4096),
+        "crc32c": draw.integers(0, 2**32, 4096),
+    }
+    new, before = (len(index_of(columns, "a" * 64, 2**50, encoding)) for encoding in INDEX_ENCODINGS)
+    assert new < 1.1 * before
+
+
+def test_its_numbers_are_not_compressed(shard: PackedShard) -> None:
+    columns = pq.ParquetFile(io.BytesIO(shard.index)).metadata.row_group(0)
+    found = {columns.column(at).path_in_schema: columns.column(at).compression for at in range(5)}
+    assert found == {"key": "ZSTD"} | dict.fromkeys(("offset", "length", "label", "crc32c"), "UNCOMPRESSED")
 
 
 def test_any_row_comes_back_and_a_usual_one_takes_few_bytes() -> None:
