@@ -63,8 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         looked = ", ".join(
             counted(number, _WORDS.get(name, name[:-1])) for name, number in found.looked.items()
         )
-        inside = "number looked at" if found.kind in ("run", "checkpoint") else "image decoded"
-        depth = f"every {inside}" if arguments.deep else f"no {inside} (--deep does)"
+        what, done = ("number", "looked at") if found.kind in ("run", "checkpoint") else ("image", "decoded")
+        rest = " that could be read" if found.problems else ""
+        depth = f"every {what}{rest} {done}" if arguments.deep else f"no {what} {done} (--deep does)"
         outcome = counted(len(found.problems), "problem") if found.problems else "whole"
         called = found.identity[:10] if found.kind in ("data set", "checkpoint") else _name(found.uri)
         print(f"{found.kind} {called}: {outcome}; {looked}, {depth}; {found.uri}")

@@ -7,6 +7,7 @@ PREFIX/dataset.json       written last, once; it holds the hash of shards.parque
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -178,19 +179,25 @@ class Dataset:
         return f"`{command}` names all that is damaged, and what to do"
 
     def missing(self) -> list[str]:
-        """The objects that are missing or of another size, by one listing a split; a phrase each. Of tars that stay
-        elsewhere nothing is said. Raises `StorageError` where nothing can be listed.
+        """The objects that are missing, and the tars of another size, by one listing a folder; a phrase each. Of
+        tars that stay elsewhere nothing is said. Raises `StorageError` where nothing can be listed.
 
         A change of bytes is not seen; `ddpm verify` reads them.
         """
+
+        @functools.cache
+        def sizes(folder: str) -> dict[str, int]:
+            return {info.key: info.num_bytes for info in self.storage.list(f"{folder}/" if folder else "")}
+
+        def size_of(key: str) -> int | None:
+            return sizes(key.rpartition("/")[0]).get(key)
+
         found = []
-        for split, shards in self.splits.items():
-            sizes = {info.key: info.num_bytes for info in self.storage.list(f"{split}/")}
-            for shard in shards:
-                if "://" not in shard.key and sizes.get(shard.key) != shard.num_bytes:
-                    found.append(f"{self.uri_of(shard)} is missing or not {shard.num_bytes} bytes long")
-                if shard.index_key not in sizes:
-                    found.append(f"{self.uri_of_index(shard)} is missing")
+        for shard in (shard for shards in self.splits.values() for shard in shards):
+            if "://" not in shard.key and size_of(shard.key) != shard.num_bytes:
+                found.append(f"{self.uri_of(shard)} is missing or not {shard.num_bytes} bytes long")
+            if size_of(shard.index_key) is None:
+                found.append(f"{self.uri_of_index(shard)} is missing")
         return found
 
     def check_all_there(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from pipelines.columns import Coded, Integers, Keys, narrow
 from pipelines.errors import UserError, one_line, printable
 
 Label = str | int | None
+
+log = logging.getLogger(__name__)
 
 _ABSENT = (None, -1, "-1")
 _MAX_CLASSES = 2**20
@@ -97,6 +100,15 @@ def number_labels(
                 f"source: {where}: {name_of(wrong)} has the label {_at(labels, wrong)}, which is no class"
             )
         classes = sorted(texts)
+        if some := [name for name in classes if name.isascii() and name.isdigit()]:
+            other = next(name for name in classes if name not in some)
+            log.warning(
+                "source: %s: the label %s is a number, and %s is none (of up to 9 digits): all are names, "
+                "which are numbered in their order",
+                where,
+                some[0],
+                printable(other),
+            )
         numbers = {name: number for number, name in enumerate(classes)}
         return tuple(printable(name) for name in classes), _numbered(labels, numbers)
     values = {text: int(text) for text in texts}

@@ -115,6 +115,10 @@ class Storage(Protocol):
         ...
 
 
+# what WebDataset runs as a command
+_COMMAND = "pipe:"
+
+
 def open_storage(uri: str) -> Storage:
     """The storage at `s3://bucket/prefix`, `file:///folder`, a plain folder path, or `https://host/prefix`.
 
@@ -142,10 +146,10 @@ def open_storage(uri: str) -> Storage:
         from pipelines.adapters.https import HttpStorage
 
         return HttpStorage(uri)
-    if parts.scheme and "://" in uri:
+    if parts.scheme and ("://" in uri or uri.startswith(_COMMAND)):
         raise UserError(
             f"{uri}: storage is s3://BUCKET/PREFIX, file:///FOLDER or a folder (or https://HOST/PREFIX, to read "
-            f"from), not {parts.scheme}://"
+            f"from), not {parts.scheme}:{'//' if '://' in uri else ''}"
         )
     if not uri:
         raise UserError("an empty storage address: give s3://BUCKET/PREFIX, file:///FOLDER or a folder")
@@ -154,7 +158,7 @@ def open_storage(uri: str) -> Storage:
 
 def absolute(uri: str) -> str:
     """`uri` itself, or the full path of a relative folder, which means the same from every working directory."""
-    if "://" in uri or not uri:
+    if "://" in uri or not uri or uri.startswith(_COMMAND):
         return uri
     return str(Path(uri).expanduser().absolute())
 

@@ -81,10 +81,14 @@ def test_tars_below_the_data_set_move_with_it(tmp_path: Path) -> None:
     put_tars(tmp_path / "set/raw")
     dataset = index_tars(str(tmp_path / "set/raw"), str(tmp_path / "set"))
     assert {shard.key for shard in dataset.shards("train")} < {f"raw/größe {n}.tar" for n in range(4)}
+    dataset.check_all_there()
     shutil.move(tmp_path / "set", tmp_path / "moved")
     moved = Dataset.load(str(tmp_path / "moved"))
     assert moved.identity == dataset.identity
     assert images_of(moved) == EXPECTED
+    lost = moved.shards("train")[0]
+    (tmp_path / "moved" / lost.key).unlink()
+    assert moved.missing() == [f"{moved.uri_of(lost)} is missing or not {lost.num_bytes} bytes long"]
 
 
 def test_indexes_of_another_pyarrow_are_not_written_over(

@@ -16,8 +16,10 @@ import pytest
 import webdataset
 
 from pipelines import source_parquet
+from pipelines.columns import Coded
 from pipelines.errors import UserError
 from pipelines.images import decode_png, encode_png
+from pipelines.labels import number_labels
 from pipelines.prepare import prepare
 from pipelines.prepare_plan import plan_shards
 from pipelines.source_parquet import _ParquetReader
@@ -331,6 +333,21 @@ def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, said: str
     root = put_folder(tmp_path / "in", "1.png", "2.png")
     (tmp_path / "l.csv").write_text(text)
     assert said in refusal(root, labels=str(tmp_path / "l.csv"))
+
+
+def test_numbers_among_names_are_told_since_they_do_not_stay_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = (
+        "the label 5 is a number, and dog is none (of up to 9 digits): all are names, which are numbered in "
+    )
+    classes, numbers = number_labels("a", [Coded.of(["5", "dog", "5"])])
+    assert (classes, numbers.tolist()) == (("5", "dog"), [0, 1, 0])
+    assert told in caplog.text
+    caplog.clear()
+    number_labels("a", [Coded.of(["5", "7"])])
+    number_labels("a", [Coded.of(["cat", "dog"])])
+    assert not caplog.records
 
 
 def test_a_table_that_is_not_there_or_is_none_is_named(tmp_path: Path) -> None:

@@ -350,6 +350,7 @@ def test_storages_cross_process_borders(storage: Storage) -> None:
         ("s3://", "names no bucket"),
         ("s3:///prefix", "names no bucket"),
         ("gs://bucket/x", "not gs://"),
+        ("pipe:cat x", "not pipe:$"),
         ("file://tmp/x", "names a host"),
         ("ftp://host/x", "not ftp://"),
         ("https:///x", "names no host"),

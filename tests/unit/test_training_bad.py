@@ -238,6 +238,17 @@ def test_bad_held_out_images_are_left_out_of_the_bound(tmp_path: Path, workers: 
     assert all(one.total == pytest.approx(expected[1], rel=1e-12) for one in found)
 
 
+def test_the_share_is_one_of_all_held_out_images_however_few_are_asked_for(tmp_path: Path) -> None:
+    run = held_out_run(tmp_path, {1}, "data.on_bad_sample=skip", "data.max_bad_share=0.17")
+    model = Learner(run.config, CPU).averaged()
+    assert held_out_bound(run.dataset, run.config, model, SingleWorker(CPU), 2).num_images == 1
+    run = held_out_run(tmp_path / "more", {0, 1}, "data.on_bad_sample=skip", "data.max_bad_share=0.17")
+    with pytest.raises(
+        DataError, match=r"2 of 3 held-out images are bad, more than data\.max_bad_share 0\.17"
+    ):
+        held_out_bound(run.dataset, run.config, model, SingleWorker(CPU), 3)
+
+
 @pytest.mark.parametrize(
     ("bad", "overrides", "line"),
     [
