@@ -89,30 +89,29 @@ def read_steadily(read1: Read1, expected: int = 0, pace: Pace | None = None) -> 
 
 
 def read_steadily_hashed(memory: Memory, read1: Read1, expected: int = 0, pace: Pace | None = None) -> Hashed:
-    """As `read_steadily`, in memory that `memory` gives, with the SHA-256."""
-    room = _read_into(memory, read1, expected, pace)
-    # Not piece by piece, though these are in a core's cache: meanwhile the sender falls asleep, and waking it costs
-    # more than that saves.
-    return Hashed(room, hashlib.sha256(room).hexdigest())
+    """As `read_steadily`, in memory that `memory` gives, with the SHA-256.
 
-
-def _read_into(memory: Memory, read1: Read1, expected: int, pace: Pace | None) -> memoryview:
+    Each piece is hashed as it comes, from a core's cache, and while the sender is at the next one.
+    """
+    digest = hashlib.sha256()
     if expected <= 0:
         # nobody says how long it is, and pieces of growing sizes are no memory that can be used again
         data = read_steadily(read1, pace=pace)
+        digest.update(data)
         room = memory(len(data))
         room[:] = data
-        return room
+        return Hashed(room, digest.hexdigest())
     room = memory(min(expected, _MOST_TRUSTED))
     end = 0
     for data in _steadily(read1, pace or PACE):
+        digest.update(data)
         start, end = end, end + len(data)
         if end > len(room):
             larger = memory(max(end, min(2 * len(room), expected)))
             larger[:start] = room[:start]
             room = larger
         room[start:end] = data
-    return room[:end]
+    return Hashed(room[:end], digest.hexdigest())
 
 
 def _steadily(read1: Read1, pace: Pace) -> Iterator[bytes]:
