@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 from pipelines.index_only import index_tars
 from pipelines.prepare import prepare
 from pipelines.prepare_plan import plan_shards
-from pipelines.shards import Sample, pack
+from pipelines.shards import PackedShard, Sample, pack
 from pipelines.sources import open_source
 from tests.support.data import image_bytes, random_images, write_image
 from tests.unit.test_data_workers import Elsewhere
@@ -124,9 +124,9 @@ def test_once_one_is_bad_no_further_shard_is_written(
 ) -> None:
     packed = []
 
-    def counted(samples: object) -> object:
+    def counted(*given: Any) -> PackedShard:
         packed.append(1)
-        return pack(samples)  # type: ignore[arg-type]
+        return pack(*given)
 
     monkeypatch.setattr(prepare_shards, "pack", counted)
     plans = plan_shards(open_source(str(photos)).entries, 0, 0.1, None, 7)
