@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench bench-core bench-data bench-write test-s3 test-k8s clean
+.PHONY: help install demo test lint format bench bench-core bench-data bench-write test-s3 test-k8s test-gpu clean
 
 help:
 	@echo "make demo      the whole way on handwritten digits, on this machine alone"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-write  writing images into shards against webdataset's ShardWriter"
 	@echo "make test-s3   the S3 tests against Ceph's gateway (radosgw ceph-mon ceph-osd ceph-mgr)"
 	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
+	@echo "make test-gpu  what must hold on a GPU as on a CPU (a GPU that torch can use)"
 	@echo "make clean     stop the local stack and remove what was made here"
 
 install: $(STAMP)
@@ -30,7 +31,7 @@ demo: install
 	@$(BIN)/ddpm demo
 
 test: lint
-	@$(BIN)/python -m pytest -m "not k8s and not s3"
+	@$(BIN)/python -m pytest -m "not k8s and not s3 and not gpu"
 
 lint: install
 	@$(BIN)/ruff check
@@ -58,6 +59,9 @@ bench-write: install
 
 test-k8s: install
 	@$(BIN)/python -m pytest -m k8s
+
+test-gpu: install
+	@$(BIN)/python -m pytest -m gpu
 
 clean:
 	@if [ -x $(BIN)/ddpm ]; then $(BIN)/ddpm down --discard; fi

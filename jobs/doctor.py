@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -62,8 +63,8 @@ def _python() -> str:
 def _torch() -> str:
     import torch
 
-    gpus = torch.cuda.device_count()
-    return f"{torch.__version__}, {f'{gpus} GPUs' if gpus else 'no GPU'}"
+    gpus = Counter(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    return f"{torch.__version__}, {', '.join(f'{count} × {name}' for name, count in gpus.items()) or 'no GPU'}"
 
 
 def _disk() -> str:

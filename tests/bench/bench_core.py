@@ -3,11 +3,14 @@
 The peer is diffusers' UNet2DModel with the same parameters (checked) and weights. It stands in two rows: "same
 settings" has our optimiser, EMA, memory layout, dtype, compile setting and threads; "its defaults" is what its
 training example does: AdamW as torch makes it, EMAModel, the contiguous layout. A ratio above 1: we are faster.
+
+`--precision bfloat16` asks both networks under autocast while they train, as `train.precision: auto` does on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import time
@@ -60,14 +63,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training")
+    parser.add_argument("--compiled", action="store_true", help="also train both networks compiled")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {arguments.threads} threads"
-    print(f"torch {torch.__version__}, {where}, float32; median (first–third quartile)")
+    dtype: torch.dtype = getattr(torch, arguments.precision)
+    print(
+        f"torch {torch.__version__}, {where}, training in {arguments.precision}; median (first–third quartile)"
+    )
     for case in cases(device):
         if arguments.only in case.name:
-            training(case, device)
+            training(case, device, dtype, compiled=arguments.compiled)
     for case in cases(device)[:2]:
         if arguments.only in case.name:
             # fifty forwards a turn, so that a third of the turns will do
@@ -75,33 +83,46 @@ def main() -> None:
     print("\nour training loop's step against the bare step that it holds")
     for case in cases(device)[:2]:
         if arguments.only in case.name:
-            loop(case)
+            loop(case, device, arguments.precision)
 
 
-def training(case: Case, device: torch.device) -> None:
+def training(case: Case, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> None:
     """Forward, backward, AdamW, EMA."""
     net = _network(case.config).to(device)
     peer = _peer(case.config, net).to(device)
     assert _count(net) == _count(peer)
     print(f"\ntraining step, {case.name}, {_count(net):,} parameters, batch {case.batch}")
-    ours = _our_step(copy.deepcopy(net), case, device)
-    _row("same settings", ours, _peer_step_as_ours(copy.deepcopy(peer), case, device), case.rounds)
-    _row("its defaults", ours, _peer_step_at_defaults(copy.deepcopy(peer), case, device), case.rounds)
+    ours = _our_step(copy.deepcopy(net), case, device, dtype)
+    _row("same settings", ours, _peer_step_as_ours(copy.deepcopy(peer), case, device, dtype), case.rounds)
+    _row("its defaults", ours, _peer_step_at_defaults(copy.deepcopy(peer), case, device, dtype), case.rounds)
     flops = _FLOPS_OF_A_TRAINING_STEP * _forward_flops(net, case, device)
     seconds = in_turns(ours, ours, 5)[0].median
-    peak = _matmul_flops(device)
+    peak = _matmul_flops(device, dtype)
     print(
         f"  {flops / seconds / 1e9:,.0f} GFLOP/s, {flops / seconds / peak:.0%} of the measured peak, "
         f"{peak / 1e9:,.0f} GFLOP/s"
     )
+    if compiled:
+        net.compile(dynamic=False)
+        peer.compile(dynamic=False)
+        fast = _our_step(net, case, device, dtype)
+        taken, plain, ratio = in_turns(fast, ours, case.rounds)
+        print(
+            f"  compiled {taken.text(1e3, 1)} ms, uncompiled {plain.text(1e3, 1)} ms: {ratio.text()}× its speed"
+        )
+        _row("same settings, both compiled", fast, _peer_step_as_ours(peer, case, device, dtype), case.rounds)
 
 
-def loop(case: Case) -> None:
+def loop(case: Case, device: torch.device, precision: str) -> None:
     """A step of `pipelines.training.Learner` against forward, backward, Adam and EMA of the same networks."""
-    parts = {"train.batch_size": 4 * case.batch, "train.micro_batches": 4}
+    parts = {
+        "train.batch_size": 4 * case.batch,
+        "train.micro_batches": 4,
+        "train.precision": precision,
+    }
     model = [f"model.{name}={json.dumps(value)}" for name, value in asdict(case.config).items()]
     config = load_config("digits.yaml", [*model, *(f"{name}={value}" for name, value in parts.items())])
-    ours, floor, ratio = loop_and_floor(config, case.rounds)
+    ours, floor, ratio = loop_and_floor(config, case.rounds, device)
     print(
         f"  {case.name}, 4 × batch {case.batch}: {ours.text(1e3, 1)} ms; bare {floor.text(1e3, 1)} ms: "
         f"{1 / ratio.median:.3f}× ({1 / ratio.high:.3f}–{1 / ratio.low:.3f})"
@@ -179,24 +200,37 @@ def _peer(config: UNetConfig, net: UNet) -> UNet2DModel:
     return peer
 
 
-def _our_step(net: nn.Module, case: Case, device: torch.device) -> Callable[[], None]:
+def _our_step(net: nn.Module, case: Case, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     ema = EMA(net, 0.9999)
-    return _step(net, net, _fused(net), lambda: ema.update(net, 0), case, device, torch.channels_last)
+    return _step(net, net, _fused(net), lambda: ema.update(net, 0), case, device, dtype, torch.channels_last)
 
 
-def _peer_step_as_ours(peer: nn.Module, case: Case, device: torch.device) -> Callable[[], None]:
+def _peer_step_as_ours(
+    peer: nn.Module, case: Case, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
     peer = peer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = EMA(peer, 0.9999)
     call = lambda x, t: peer(x, t).sample  # noqa: E731
-    return _step(peer, call, _fused(peer), lambda: ema.update(peer, 0), case, device, torch.channels_last)
+    return _step(
+        peer, call, _fused(peer), lambda: ema.update(peer, 0), case, device, dtype, torch.channels_last
+    )
 
 
-def _peer_step_at_defaults(peer: nn.Module, case: Case, device: torch.device) -> Callable[[], None]:
+def _peer_step_at_defaults(
+    peer: nn.Module, case: Case, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
     ema = EMAModel(peer.parameters(), decay=0.9999)
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4)
     call = lambda x, t: peer(x, t).sample  # noqa: E731
     return _step(
-        peer, call, optimizer, lambda: ema.step(peer.parameters()), case, device, torch.contiguous_format
+        peer,
+        call,
+        optimizer,
+        lambda: ema.step(peer.parameters()),
+        case,
+        device,
+        dtype,
+        torch.contiguous_format,
     )
 
 
@@ -211,6 +245,7 @@ def _step(
     average: Callable[[], None],
     case: Case,
     device: torch.device,
+    dtype: torch.dtype,
     layout: torch.memory_format,
 ) -> Callable[[], None]:
     net.train()
@@ -220,7 +255,9 @@ def _step(
 
     def step() -> None:
         optimizer.zero_grad()
-        (call(x, t) - noise).square().mean().backward()
+        with _autocast(device, dtype):
+            eps = call(x, t)
+        (eps - noise).square().mean().backward()
         optimizer.step()
         average()
         _wait(device)
@@ -248,10 +285,16 @@ def _zeros(case: Case, device: torch.device) -> Tensor:
     return torch.zeros(case.batch, dtype=torch.int64, device=device)
 
 
-def _matmul_flops(device: torch.device) -> float:
-    """FLOP/s of a large float32 matrix product, the best of a few."""
+def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of a few."""
     size = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def product() -> None:
         torch.mm(a, b)
