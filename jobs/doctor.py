@@ -64,7 +64,9 @@ def _torch() -> str:
     import torch
 
     gpus = Counter(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
-    return f"{torch.__version__}, {', '.join(f'{count} × {name}' for name, count in gpus.items()) or 'no GPU'}"
+    return (
+        f"{torch.__version__}, {', '.join(f'{count} × {name}' for name, count in gpus.items()) or 'no GPU'}"
+    )
 
 
 def _disk() -> str:

@@ -38,6 +38,11 @@ class BadSamples:
                 self.samples[place] = sample
                 log.warning("passing over %s", sample)
 
+    def met(self, count: int, samples: Iterable[BadSample]) -> None:
+        """What another process's reader, which told of it itself, met so far, and which samples newly."""
+        self.count = count
+        self.samples.update({(sample.shard, sample.row): sample for sample in samples})
+
 
 def too_many(bad: int, seen: int, num_samples: int, max_share: float) -> bool:
     """Whether a run ends: of the `seen` samples that all its workers drew since its first step, `bad` were bad, and

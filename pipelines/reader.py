@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from pipelines.shard_reader import (
     fetch_verified,
 )
 from pipelines.stages import LoadedStage, Stages
+from pipelines.steps_ahead import MicroBatch, StepsAhead
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -42,25 +41,7 @@ _CLOSE_TIMEOUT_S = 30.0
 _SHARDS_AHEAD = 3
 
 
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """One stream's part of a global batch, of b samples.
-
-    `position` int64 `[b]`: places in the stream. `index` int64 `[b]` = position·num_streams + stream: the
-    key of everything random about this draw, unique over the run. `x_start` float32 `[b, C, H, W]` in [−1,
-    1], or the stored bytes, uint8, where those were asked for. `label` int64 `[b]`, −1 for none. `weight`
-    float32 `[b]`: 1, or 0 for a bad sample that is passed over, whose image is all zero bytes.
-    """
-
-    stream: int
-    position: torch.Tensor
-    index: torch.Tensor
-    x_start: torch.Tensor
-    label: torch.Tensor
-    weight: torch.Tensor
-
-
-class StreamBatches:
+class StreamBatches(StepsAhead):
     """The micro-batches of some streams, step after step, to `stop_step` or without end; read ahead by one thread.
 
     Step k of stream m takes its positions k·b … (k+1)·b − 1, so starting at `start_step` gives what reading
@@ -141,55 +122,22 @@ class StreamBatches:
             channels_last=channels_last,
             buffers=Buffers(pin=torch.cuda.is_available() if pin_memory is None else pin_memory),
         )
-        self._read = Handover[list[MicroBatch] | BaseException](prefetch)
-        self._error: BaseException | None = None
-        self._left = math.inf if stop_step is None else stop_step - start_step
+        read = Handover[list[MicroBatch] | BaseException](prefetch)
+        super().__init__(read, None if stop_step is None else stop_step - start_step)
         # the thread knows the handover alone: an iterator that is forgotten can still be collected
         self._thread = threading.Thread(
             target=_produce,
-            args=(plan, start_step, self._read),
+            args=(plan, start_step, read),
             name="ddpm-reader",
             daemon=True,
         )
-        weakref.finalize(self, self._read.close)
+        weakref.finalize(self, read.close)
         self._thread.start()
-
-    def __iter__(self) -> StreamBatches:
-        return self
-
-    def __next__(self) -> list[MicroBatch]:
-        if self._error is not None:
-            raise self._error
-        if self._left <= 0:
-            raise StopIteration
-        item: list[MicroBatch] | BaseException | None = None
-        try:
-            item = self._read.get()
-            if isinstance(item, BaseException):
-                raise item
-            self._left -= 1
-        except StopIteration:
-            raise
-        except BaseException as error:
-            # whether a step was taken out when a signal came in between is not known
-            self._error = (
-                error if error is item else DataError("reading was interrupted: read again from a step")
-            )
-            raise
-        return item
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread's end. May be called again."""
-        self._read.close()
+        super().close()
         self._thread.join(_CLOSE_TIMEOUT_S)
-
-    def __enter__(self) -> StreamBatches:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,13 +19,12 @@ from pipelines.bad_samples import too_many
 from pipelines.checkpoints import Checkpoints, step_name
 from pipelines.config import Config, digest
 from pipelines.dataset import Dataset
-from pipelines.disk_cache import fetch_through
 from pipelines.errors import UserError
 from pipelines.held_out import bound_metrics, held_out_bound
 from pipelines.preview import preview
-from pipelines.reader import StreamBatches
+from pipelines.reader_process import Reading
 from pipelines.records import read_record
-from pipelines.stages import load_stages
+from pipelines.steps_ahead import StepsAhead
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, ended, open_tracker
 from pipelines.training import Learner, TrainingError, diverged, is_due
@@ -225,27 +224,23 @@ def _loop(
                 world.report(_progress(done, evaluated))
 
 
-def _batches(run: Run, world: World, start: int) -> StreamBatches:
-    settings, data = run.config.train, run.config.data
-    return StreamBatches(
+def _batches(run: Run, world: World, start: int) -> StepsAhead:
+    settings = run.config.train
+    return Reading(
         run.dataset,
         "train",
+        run.config.data,
         seed=run.config.seed,
         num_streams=settings.micro_batches,
-        streams=streams_of(world.rank, world.size, settings.micro_batches),
+        streams=tuple(streams_of(world.rank, world.size, settings.micro_batches)),
         micro_batch_size=settings.batch_size // settings.micro_batches,
         start_step=start,
-        stop_step=run.config.train.steps,
-        flip=data.flip,
-        cache_bytes=data.cache_bytes,
-        fetch=fetch_through(data.disk_cache, data.disk_cache_bytes, run.dataset.storage),
-        decode_threads=data.decode_threads,
-        skip_bad=data.on_bad_sample == "skip",
-        stages=load_stages(data.stages),
-    )
+        stop_step=settings.steps,
+        for_gpu=world.device.type == "cuda",
+    ).begin()
 
 
-def _check_bad_share(run: Run, learner: Learner, batches: StreamBatches, done: int) -> None:
+def _check_bad_share(run: Run, learner: Learner, batches: StepsAhead, done: int) -> None:
     """Raise `TrainingError`, on every worker at the same step, where too much of what was trained on is bad."""
     bad, share, seen = learner.skipped or 0, run.config.data.max_bad_share, done * run.config.train.batch_size
     epoch = run.dataset.count("train")

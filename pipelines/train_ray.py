@@ -28,6 +28,7 @@ from pipelines.config import parse_config
 from pipelines.dataset import DataError
 from pipelines.errors import UserError, one_line
 from pipelines.logs import configure_worker_logging
+from pipelines.reader_process import ReaderLost
 from pipelines.scratch import scratch_folder
 from pipelines.storage import StorageError
 from pipelines.train import Run, open_run, train
@@ -100,7 +101,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         return why
     try:
         return _train(arguments)
-    except StorageError:
+    except (StorageError, ReaderLost):
         # may pass
         raise
     except UserError as error:

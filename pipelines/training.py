@@ -28,6 +28,7 @@ from pipelines.conditioning import network_labels
 from pipelines.config import Config
 from pipelines.config_sections import OptimizerConfig
 from pipelines.errors import UserError, one_line
+from pipelines.images import to_model
 from pipelines.precision import Autocast
 from pipelines.world import World
 
@@ -59,7 +60,7 @@ class Samples(Protocol):
 
     @property
     def x_start(self) -> Tensor:
-        """float32 [b, C, H, W] in [−1, 1]."""
+        """float32 [b, C, H, W] in [−1, 1], or the bytes that stand for it."""
         ...
 
     @property
@@ -91,7 +92,7 @@ class Learner:
     """The mutable state of a run: weights, optimiser, EMA, and the losses by t if they decide the draws of t."""
 
     def __init__(self, config: Config, device: torch.device, levels: int | None = None) -> None:
-        """levels: the data's, which the objectives "vlb" and "hybrid" need."""
+        """levels: the data's, which images as bytes and the objectives "vlb" and "hybrid" need."""
         self.config = config
         self.device = device
         self.levels = levels
@@ -188,6 +189,9 @@ class Learner:
     ) -> Tensor:
         config = self.config
         x_start = part.x_start.to(self.device, non_blocking=True)
+        if x_start.dtype == torch.uint8:
+            assert self.levels is not None
+            x_start = to_model(x_start, self.levels)
         self._generator.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
         exact = as_eps_theta(self.model, self.schedule, self._labels(part))
 

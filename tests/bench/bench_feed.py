@@ -10,14 +10,15 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 
 from pipelines.config import load_config
-from pipelines.dataset import Dataset
+from pipelines.config_sections import DataConfig
 from pipelines.precision import Autocast
-from pipelines.reader import MicroBatch, StreamBatches
+from pipelines.reader_process import Reading
+from pipelines.steps_ahead import MicroBatch
 from pipelines.training import Learner
 from pipelines.world import SingleWorker
 from tests.bench.bench_data import make_files, put
@@ -35,6 +36,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=40 if large else 4, help="in a turn")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--decode-threads", type=int, default=1)
+    options.add_argument("--reader", choices=("auto", "thread", "process"), default="auto")
     given = options.parse_args()
     config = load_config(
         "cifar10.yaml",
@@ -48,45 +50,45 @@ def main() -> None:
     learner, world = Learner(config, device, 256), SingleWorker(device)
     with tempfile.TemporaryDirectory() as folder:
         dataset = put(f"file://{folder}", make_files(_SIDE), _COUNT, _PER_SHARD, _SIDE)
-        ready = next(_read(dataset, given.batch, given.decode_threads))
-        fed = _read(dataset, given.batch, given.decode_threads)
-
-        def steps(batches: Iterator[list[MicroBatch]]) -> None:
-            for batch in itertools.islice(batches, given.steps):
-                # reads the loss, and so waits for the GPU
-                learner.step(0, batch, world)
-
-        reading, resident, ratio = in_turns(
-            lambda: steps(fed), lambda: steps(itertools.repeat(ready)), given.rounds
+        data = DataConfig(
+            uri=dataset.uri, flip=True, reader=given.reader, decode_threads=given.decode_threads
         )
-        began = time.perf_counter()
-        for _ in itertools.islice(fed, given.steps):
-            pass
-        alone = given.batch * given.steps / (time.perf_counter() - began)
+        reading = Reading(
+            dataset,
+            "train",
+            data,
+            seed=0,
+            num_streams=4,
+            streams=(0, 1, 2, 3),
+            micro_batch_size=given.batch // 4,
+            for_gpu=large,
+        )
+        with reading.begin() as fed:
+            ready = next(fed)
+
+            def steps(batches: Iterable[list[MicroBatch]]) -> None:
+                for batch in itertools.islice(batches, given.steps):
+                    # reads the loss, and so waits for the GPU
+                    learner.step(0, batch, world)
+
+            read, resident, ratio = in_turns(
+                lambda: steps(fed), lambda: steps(itertools.repeat(ready)), given.rounds
+            )
+            began = time.perf_counter()
+            for _ in itertools.islice(fed, given.steps):
+                pass
+            alone = given.batch * given.steps / (time.perf_counter() - began)
     where = torch.cuda.get_device_name() if large else "CPU"
     dtype = Autocast(config.train.precision, device).dtype
     images = given.batch * given.steps
     count = sum(parameter.numel() for parameter in learner.model.parameters())
     print(f"{where}, {count:,} parameters, {dtype}, batch 4 × {given.batch // 4}")
-    print(f"  reading:   {images / reading.median:,.0f} images/s")
+    print(f"  reading:   {images / read.median:,.0f} images/s")
     print(f"  in memory: {images / resident.median:,.0f} images/s")
     print(
         f"  time against that in memory: {1 / ratio.median:.3f}× ({1 / ratio.high:.3f}–{1 / ratio.low:.3f})"
     )
     print(f"  the reader alone: {alone:,.0f} images/s, {given.decode_threads} threads of decoding")
-
-
-def _read(dataset: Dataset, batch: int, decode_threads: int) -> StreamBatches:
-    return StreamBatches(
-        dataset,
-        "train",
-        seed=0,
-        num_streams=4,
-        streams=range(4),
-        micro_batch_size=batch // 4,
-        flip=True,
-        decode_threads=decode_threads,
-    )
 
 
 if __name__ == "__main__":

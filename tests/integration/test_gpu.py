@@ -13,8 +13,11 @@ from ddpm_core.samplers import sample
 from ddpm_core.schedules import Schedule
 from pipelines.compiled import compile_frozen
 from pipelines.config import Config
+from pipelines.config_sections import DataConfig
 from pipelines.dataset import Dataset
+from pipelines.images import to_model
 from pipelines.reader import StreamBatches
+from pipelines.reader_process import ProcessBatches, Reading
 from pipelines.training import Learner, StepResult
 from pipelines.world import SingleWorker
 from tests.support.data import packed, put_dataset, random_images
@@ -76,6 +79,38 @@ def test_batches_are_pinned_and_reach_a_busy_gpu_whole(dataset: Dataset, channel
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.stride() == theirs.stride()
         assert torch.equal(ours.cpu(), theirs)
+
+
+def test_what_another_process_reads_is_pinned_and_becomes_the_same_numbers(dataset: Dataset) -> None:
+    with read(dataset, pin_memory=False) as batches:
+        expected = [part.x_start for parts in batches for part in parts]
+    asked = Reading(
+        dataset,
+        "train",
+        DataConfig(uri=dataset.uri, flip=True),
+        seed=0,
+        num_streams=2,
+        streams=(0, 1),
+        micro_batch_size=32,
+        stop_step=96,
+        for_gpu=True,
+    )
+    work = torch.randn(4096, 4096, device=GPU)
+    got = []
+    with asked.begin() as steps:
+        assert isinstance(steps, ProcessBatches)
+        for parts in steps:
+            work = torch.mm(work, work).clamp(-1, 1)
+            assert all(part.x_start.is_pinned() for part in parts)
+            got += [to_model(part.x_start.to(GPU, non_blocking=True)) for part in parts]
+    assert len(got) == len(expected)
+    assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(got, expected, strict=True))
+
+
+def test_bytes_become_the_same_numbers() -> None:
+    images = torch.arange(256, dtype=torch.uint8)
+    for levels in range(2, 257):
+        assert torch.equal(to_model(images.to(GPU), levels).cpu(), to_model(images, levels)), levels
 
 
 def test_random_numbers_are_those_of_a_cpu() -> None:

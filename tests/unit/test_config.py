@@ -417,8 +417,8 @@ def test_overrides_reach_every_kind_of_value() -> None:
 
 WHERE_AND_HOW_LONG = [
     "data.uri=s3://other/place", "data.cache_bytes=2097152", "data.disk_cache=none",
-    "data.disk_cache_bytes=1000", "data.decode_threads=2", "data.on_bad_sample=skip", "data.max_bad_share=0.5",
-    "storage=elsewhere", "workers.num=3",
+    "data.disk_cache_bytes=1000", "data.decode_threads=2", "data.reader=process",
+    "data.on_bad_sample=skip", "data.max_bad_share=0.5", "storage=elsewhere", "workers.num=3",
     "workers.cpus=2", "workers.gpus=1", "workers.max_failures=9", "tracking.experiment=other", "train.steps=7",
     "train.log_every=3", "train.eval_every=3", "train.checkpoint_every=3", "train.keep_checkpoints=9",
     "bound.num_strata=5", "bound.num_images=9", "sampler.kind=ancestral", "sampler.num_steps=3", "sample.count=5",

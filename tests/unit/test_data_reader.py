@@ -474,13 +474,13 @@ def test_who_goes_on_after_an_interrupt_is_told_and_does_not_wait(
         dataset, "train", seed=0, num_streams=1, streams=[0], micro_batch_size=2, stop_step=3
     ) as stream:
         next(stream)
-        take = stream._read.get
+        take = stream._source.get
 
         def interrupted() -> object:
             take()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(stream._read, "get", interrupted)
+        monkeypatch.setattr(stream._source, "get", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
         monkeypatch.undo()

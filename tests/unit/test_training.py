@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> Config:
     return tiny_config(f"data.uri={tmp_path}/data", f"storage={tmp_path}/results")
 
 
-def batches_of(config: Config, streams: list[int], start: int) -> StreamBatches:
+def batches_of(config: Config, streams: list[int], start: int, **options: bool) -> StreamBatches:
     settings = config.train
     return StreamBatches(
         Dataset.load(config.data.uri),
@@ -54,6 +54,7 @@ def batches_of(config: Config, streams: list[int], start: int) -> StreamBatches:
         micro_batch_size=settings.batch_size // settings.micro_batches,
         start_step=start,
         flip=config.data.flip,
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -62,6 +63,15 @@ def go(config: Config, learner: Learner, world: World, start: int, stop: int) ->
     streams = streams_of(world.rank, world.size, config.train.micro_batches)
     with closing(batches_of(config, streams, start)) as batches:
         return [learner.step(step, next(batches), world) for step in range(start, stop)]
+
+
+def test_images_as_bytes_train_as_their_numbers_do(config: Config) -> None:
+    results = []
+    for as_bytes in (False, True):
+        learner = Learner(config, CPU, 256)
+        with closing(batches_of(config, [0, 1, 2, 3], 0, as_bytes=as_bytes)) as batches:
+            results.append([learner.step(step, next(batches), SingleWorker(CPU)) for step in range(3)])
+    assert results[0] == results[1]
 
 
 def copied(state: State) -> State:
