@@ -100,8 +100,7 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive_seed(config.seed, "weights"))
             model = build_network(config.model)
-        # convolutions want their channels innermost; the layout changes rounding, not results
-        self.model: nn.Module = model.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = model.train().to(device, memory_format=_layout(config, device))  # type: ignore[call-overload]
         self.ema = _average(self.model, config)
         rels = config.ema.power_sigma_rels
         self.power_ema = PowerEMA(self.model, rels) if rels else None
@@ -191,7 +190,7 @@ class Learner:
         x_start = part.x_start.to(self.device, non_blocking=True)
         if x_start.dtype == torch.uint8:
             assert self.levels is not None
-            x_start = to_model(x_start, self.levels)
+            x_start = to_model(x_start, self.levels).contiguous()
         self._generator.manual_seed(rng.derive_seed(config.seed, "dropout", step, part.stream))
         exact = as_eps_theta(self.model, self.schedule, self._labels(part))
 
@@ -330,6 +329,17 @@ class Learner:
                 f"the checkpoint at step {state.step} holds another network than model describes"
             ) from None
         self.optimizer.state.update(moments)
+
+
+def _layout(config: Config, device: torch.device) -> torch.memory_format:
+    """That in which the network's layers are fastest; it changes rounding, not results.
+
+    Convolutions want their channels innermost, but a GPU's normalisation has no kernel for that, and copies: on an
+    H100 forwards and backwards of the 35.7M network took 61 ms, and 51 with the channels outermost. A compiled
+    network has kernels of its own.
+    """
+    outermost = device.type == "cuda" and not config.train.compile
+    return torch.contiguous_format if outermost else torch.channels_last
 
 
 def num_skipped(part: Samples) -> int:
