@@ -1,4 +1,7 @@
-"""The number format that a network computes in while it trains; weights, losses, sums and averages stay float32."""
+"""The number format that a network computes in while it trains, and the order of its tensors in memory.
+
+Weights, losses, sums and averages stay float32.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,16 @@ class Autocast:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self._device_type, dtype=self.dtype)
+
+
+def memory_format(device: torch.device, *, compiled: bool) -> torch.memory_format:
+    """That in which a network's layers are fastest; it changes rounding, not results.
+
+    Convolutions want their channels innermost, but a GPU's normalisation has no kernel for that, and copies: on an
+    H100 forwards and backwards of the 35.7M network took 61 ms, and 51 with the channels outermost. A compiled
+    network has kernels of its own.
+    """
+    return torch.channels_last if compiled or device.type == "cpu" else torch.contiguous_format
 
 
 def cpu_has_bfloat16() -> bool:

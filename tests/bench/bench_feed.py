@@ -2,6 +2,9 @@
 
 `python -m tests.bench.bench_feed`. PNGs of 32×32 from local disk, shuffled; both take turns of many steps in one
 run. The steps are those of `pipelines.training` on the machine's GPU, if it has one.
+
+`--launches N`: instead a step of N tiny operations, each of which lets the interpreter's lock go and takes it
+again, as a thread does that starts a GPU's kernels. That shows on any machine what another one that holds it costs.
 """
 
 from __future__ import annotations
@@ -10,11 +13,11 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from pipelines.config import load_config
+from pipelines.config import Config, load_config
 from pipelines.config_sections import DataConfig
 from pipelines.precision import Autocast
 from pipelines.reader_process import Reading
@@ -36,6 +39,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=40 if large else 4, help="in a turn")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--decode-threads", type=int, default=1)
+    options.add_argument("--launches", type=int, default=0, metavar="N")
     options.add_argument("--reader", choices=("auto", "thread", "process"), default="auto")
     given = options.parse_args()
     config = load_config(
@@ -47,7 +51,7 @@ def main() -> None:
             f"model.base_channels={given.base_channels}",
         ],
     )
-    learner, world = Learner(config, device, 256), SingleWorker(device)
+    step = _launching(given.launches) if given.launches else _training(config, device)
     with tempfile.TemporaryDirectory() as folder:
         dataset = put(f"file://{folder}", make_files(_SIDE), _COUNT, _PER_SHARD, _SIDE)
         data = DataConfig(
@@ -68,8 +72,7 @@ def main() -> None:
 
             def steps(batches: Iterable[list[MicroBatch]]) -> None:
                 for batch in itertools.islice(batches, given.steps):
-                    # reads the loss, and so waits for the GPU
-                    learner.step(0, batch, world)
+                    step(batch)
 
             read, resident, ratio = in_turns(
                 lambda: steps(fed), lambda: steps(itertools.repeat(ready)), given.rounds
@@ -81,14 +84,31 @@ def main() -> None:
     where = torch.cuda.get_device_name() if large else "CPU"
     dtype = Autocast(config.train.precision, device).dtype
     images = given.batch * given.steps
-    count = sum(parameter.numel() for parameter in learner.model.parameters())
-    print(f"{where}, {count:,} parameters, {dtype}, batch 4 × {given.batch // 4}")
+    what = f"{given.launches:,} launches" if given.launches else f"{given.base_channels} channels, {dtype}"
+    print(f"{where}, {what}, batch 4 × {given.batch // 4}, reader {given.reader}")
     print(f"  reading:   {images / read.median:,.0f} images/s")
     print(f"  in memory: {images / resident.median:,.0f} images/s")
     print(
         f"  time against that in memory: {1 / ratio.median:.3f}× ({1 / ratio.high:.3f}–{1 / ratio.low:.3f})"
     )
     print(f"  the reader alone: {alone:,.0f} images/s, {given.decode_threads} threads of decoding")
+
+
+def _training(config: Config, device: torch.device) -> Callable[[list[MicroBatch]], object]:
+    learner, world = Learner(config, device, 256), SingleWorker(device)
+    # reads the loss, and so waits for the GPU
+    return lambda batch: learner.step(0, batch, world)
+
+
+def _launching(launches: int) -> Callable[[list[MicroBatch]], object]:
+    torch.set_num_threads(1)
+    x = torch.zeros(64)
+
+    def step(batch: list[MicroBatch]) -> None:
+        for _ in range(launches):
+            torch.add(x, x)
+
+    return step
 
 
 if __name__ == "__main__":
