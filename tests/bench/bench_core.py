@@ -27,10 +27,15 @@ from ddpm_core import EMA, SamplerConfig, Schedule, ScheduleConfig, UNet, UNetCo
 from ddpm_core.diffusers_weights import state_to_diffusers, unet_to_diffusers
 from pipelines.compiled import compile_frozen
 from pipelines.config import load_config
+from pipelines.precision import memory_format
 from tests.bench.bench_step import loop_and_floor
 from tests.bench.timing import Quartiles, in_turns
 
 _FLOPS_OF_A_TRAINING_STEP = 3  # the backward pass costs twice the forward's
+_OTHER = {
+    torch.channels_last: torch.contiguous_format,
+    torch.contiguous_format: torch.channels_last,
+}
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,10 @@ def training(case: Case, device: torch.device, dtype: torch.dtype, *, compiled: 
     peer = _peer(case.config, net).to(device)
     assert _count(net) == _count(peer)
     print(f"\ntraining step, {case.name}, {_count(net):,} parameters, batch {case.batch}")
-    ours = _our_step(copy.deepcopy(net), case, device, dtype)
-    _row("same settings", ours, _peer_step_as_ours(copy.deepcopy(peer), case, device, dtype), case.rounds)
+    layout = memory_format(device, compiled=False)
+    ours = _our_step(copy.deepcopy(net), case, device, dtype, layout)
+    same = _peer_step_as_ours(copy.deepcopy(peer), case, device, dtype, layout)
+    _row("same settings", ours, same, case.rounds)
     _row("its defaults", ours, _peer_step_at_defaults(copy.deepcopy(peer), case, device, dtype), case.rounds)
     flops = _FLOPS_OF_A_TRAINING_STEP * _forward_flops(net, case, device)
     seconds = in_turns(ours, ours, 5)[0].median
@@ -102,15 +109,27 @@ def training(case: Case, device: torch.device, dtype: torch.dtype, *, compiled: 
         f"  {flops / seconds / 1e9:,.0f} GFLOP/s, {flops / seconds / peak:.0%} of the measured peak, "
         f"{peak / 1e9:,.0f} GFLOP/s"
     )
+    other = _OTHER[layout]
+    _against(
+        "as trained",
+        ours,
+        "in the other layout",
+        _our_step(copy.deepcopy(net), case, device, dtype, other),
+        case,
+    )
     if compiled:
         net.compile(dynamic=False)
         peer.compile(dynamic=False)
-        fast = _our_step(net, case, device, dtype)
-        taken, plain, ratio = in_turns(fast, ours, case.rounds)
-        print(
-            f"  compiled {taken.text(1e3, 1)} ms, uncompiled {plain.text(1e3, 1)} ms: {ratio.text()}× its speed"
-        )
-        _row("same settings, both compiled", fast, _peer_step_as_ours(peer, case, device, dtype), case.rounds)
+        layout = memory_format(device, compiled=True)
+        fast = _our_step(net, case, device, dtype, layout)
+        _against("compiled", fast, "uncompiled", ours, case)
+        same = _peer_step_as_ours(peer, case, device, dtype, layout)
+        _row("same settings, both compiled", fast, same, case.rounds)
+
+
+def _against(name: str, ours: Callable[[], None], other: str, theirs: Callable[[], None], case: Case) -> None:
+    taken, others, ratio = in_turns(ours, theirs, case.rounds)
+    print(f"  {name} {taken.text(1e3, 1)} ms; {other} {others.text(1e3, 1)} ms: {ratio.text()}× its speed")
 
 
 def loop(case: Case, device: torch.device, precision: str) -> None:
@@ -200,20 +219,21 @@ def _peer(config: UNetConfig, net: UNet) -> UNet2DModel:
     return peer
 
 
-def _our_step(net: nn.Module, case: Case, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+def _our_step(
+    net: nn.Module, case: Case, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+) -> Callable[[], None]:
+    net = net.to(memory_format=layout)  # type: ignore[call-overload]
     ema = EMA(net, 0.9999)
-    return _step(net, net, _fused(net), lambda: ema.update(net, 0), case, device, dtype, torch.channels_last)
+    return _step(net, net, _fused(net), lambda: ema.update(net, 0), case, device, dtype, layout)
 
 
 def _peer_step_as_ours(
-    peer: nn.Module, case: Case, device: torch.device, dtype: torch.dtype
+    peer: nn.Module, case: Case, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> Callable[[], None]:
-    peer = peer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    peer = peer.to(memory_format=layout)  # type: ignore[call-overload]
     ema = EMA(peer, 0.9999)
     call = lambda x, t: peer(x, t).sample  # noqa: E731
-    return _step(
-        peer, call, _fused(peer), lambda: ema.update(peer, 0), case, device, dtype, torch.channels_last
-    )
+    return _step(peer, call, _fused(peer), lambda: ema.update(peer, 0), case, device, dtype, layout)
 
 
 def _peer_step_at_defaults(
