@@ -200,20 +200,8 @@ class _Process:
             try:
                 told = self._connection.recv()
             except (EOFError, ConnectionError):
-                self._times_lost += 1
-                code = self._process.wait(_CLOSE_TIMEOUT_S)
-                self._end.detach()
-                if self._times_lost > _STARTED_AGAIN:
-                    return ReaderLost(
-                        f"{self._reading.dataset.uri}: the process that reads it ended {self._times_lost} times at "
-                        f"step {self._step} ({_why(code)}); with data.reader=thread none is needed"
-                    )
-                log.warning(
-                    "the process that reads the data set ended (%s); another goes on at step %d",
-                    _why(code),
-                    self._step,
-                )
-                self._start()
+                if (lost := self._lost()) is not None:
+                    return lost
                 continue
             if isinstance(told, logging.LogRecord):
                 logging.getLogger(told.name).handle(told)
@@ -223,6 +211,20 @@ class _Process:
                 assert isinstance(told, BaseException)
                 return told
         raise StopIteration
+
+    def _lost(self) -> ReaderLost | None:
+        """Start another one, unless that was done too often."""
+        self._end()
+        self._times_lost += 1
+        why = _why(self._process.returncode)
+        if self._times_lost > _STARTED_AGAIN:
+            return ReaderLost(
+                f"{self._reading.dataset.uri}: the process that reads it ended {self._times_lost} times at step "
+                f"{self._step} ({why}); with data.reader=thread none is needed"
+            )
+        log.warning("the process that reads ended (%s); another goes on at step %d", why, self._step)
+        self._start()
+        return None
 
     def _taken(self, step: _Step) -> list[MicroBatch]:
         """Copied, since what a GPU's copy reads, or a consumer keeps, must not be written to."""
