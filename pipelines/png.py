@@ -199,9 +199,9 @@ def _by_fpng(images: NDArray[np.uint8]) -> list[bytes]:
     size, at_once = 3 * width * height, max(_PIXELS_TOGETHER // (height * width), 1)
     files: list[bytes] = []
     for first in range(0, len(images), at_once):
-        data = _channels_last(images[first : first + at_once]).tobytes()
+        rows = _channels_last(images[first : first + at_once]).data
         # fpng reads as many bytes as it is told, so the numbers have to be right
-        files += (encode(data[start : start + size], width, height, 3) for start in range(0, len(data), size))
+        files += (encode(pixels, width, height, 3) for (pixels,) in struct.iter_unpack(f"{size}s", rows))
     if not all(files):
         raise ValueError(f"fpng can't write an image of shape {list(images.shape[1:])}")
     return files
