@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +57,7 @@ INDEX_ENCODINGS: tuple[Encoding, ...] = (
     ZSTD,
 )
 
-Columns = Mapping[str, Sequence[str | int] | NDArray[np.int64]]
+Columns = Mapping[str, Sequence[str | int] | NDArray[np.int64] | NDArray[np.uint32]]
 
 
 class Sample(NamedTuple):
@@ -157,9 +156,9 @@ def pack(samples: Iterable[Sample], encoding: Encoding = INDEX_ENCODINGS[0]) -> 
     columns: Columns = {
         "key": keys,
         "offset": offsets[places],
-        "length": list(map(len, images)),
+        "length": np.fromiter(map(len, images), np.int64, len(images)),
         "label": labels,
-        "crc32c": list(map(google_crc32c.value, images)),
+        "crc32c": np.fromiter(map(google_crc32c.value, images), np.uint32, len(images)),
     }
     index = index_of(columns, tar_sha256, len(tar), encoding)
     return PackedShard(tar, index, len(keys), tar_sha256)
@@ -195,9 +194,9 @@ def check_members(image: bytes, label: int, members: Mapping[str, bytes]) -> Non
 
 def to_parquet(table: pa.Table, encoding: Encoding = ZSTD) -> bytes:
     """The table as one Parquet file in memory, to be put in one piece."""
-    with io.BytesIO() as file:
+    with pa.BufferOutputStream() as file:
         pq.write_table(table, file, **encoding)
-        return file.getvalue()
+        return file.getvalue().to_pybytes()
 
 
 def parse_index(data: bytes | memoryview) -> ShardIndex:
