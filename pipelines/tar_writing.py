@@ -19,6 +19,7 @@ _NAME_BYTES = 100
 _PLAIN_BYTES = 8**11
 _SIZE = slice(124, 135)
 _CHECKSUM = slice(148, 154)
+_FILLINGS = tuple(map(bytes, range(_BLOCK_BYTES)))
 
 
 def tar_of(names: Sequence[str], bodies: Sequence[bytes]) -> tuple[bytes, NDArray[np.int64]]:
@@ -28,8 +29,8 @@ def tar_of(names: Sequence[str], bodies: Sequence[bytes]) -> tuple[bytes, NDArra
     filling = -sizes % _BLOCK_BYTES
     ends = np.cumsum(np.fromiter(map(len, heads), np.int64, len(heads)) + sizes + filling)
     num_bytes = int(ends[-1]) if len(ends) else 0
-    empty = [bytes(size) for size in range(_BLOCK_BYTES)]
-    parts = chain.from_iterable(zip(heads, bodies, map(empty.__getitem__, filling.tolist()), strict=True))
+    fillings = map(_FILLINGS.__getitem__, filling.tolist())
+    parts = chain.from_iterable(zip(heads, bodies, fillings, strict=True))
     # two empty blocks, and more up to whole records
     marker = bytes(2 * _BLOCK_BYTES + -(num_bytes + 2 * _BLOCK_BYTES) % tarfile.RECORDSIZE)
     return b"".join(chain(parts, (marker,))), ends - filling - sizes
@@ -37,18 +38,19 @@ def tar_of(names: Sequence[str], bodies: Sequence[bytes]) -> tuple[bytes, NDArra
 
 def _headers(names: Sequence[str], sizes: NDArray[np.int64]) -> Sequence[bytes]:
     """The header of each: a block, or three where its name is not ASCII or too long, or it has 8 GiB."""
-    if (
-        not all(map(str.isascii, names))
-        or max(map(len, names), default=0) > _NAME_BYTES
-        or sizes.max(initial=0) >= _PLAIN_BYTES
-    ):
+    longest = max(map(len, names), default=0)
+    if longest > _NAME_BYTES or not all(map(str.isascii, names)) or sizes.max(initial=0) >= _PLAIN_BYTES:
         return [_header(name, size) for name, size in zip(names, sizes.tolist(), strict=True)]
-    blocks = np.tile(_template(), (len(names), 1))
-    blocks[:, :_NAME_BYTES] = np.array(names, dtype=f"S{_NAME_BYTES}").view(np.uint8).reshape(-1, _NAME_BYTES)
-    blocks[:, _SIZE] = _octal(sizes, 11)
+    template = _template()
+    letters = np.array(names, dtype=f"S{longest}")[:, None].view(np.uint8)
+    digits = _octal(sizes, 11)
     # the sum of all bytes, where the sum's own field counts as eight blanks, of which one stands there
-    rest = int(_template()[_SIZE.stop :].sum(dtype=np.uint32)) + 7 * ord(" ")
-    blocks[:, _CHECKSUM] = _octal(blocks[:, : _SIZE.stop].sum(axis=1, dtype=np.uint32) + rest, 6)
+    rest = int(template.sum(dtype=np.uint32)) + 7 * ord(" ")
+    sums = letters.sum(axis=1, dtype=np.uint32) + digits.sum(axis=1, dtype=np.uint32) + rest
+    blocks = np.tile(template, (len(names), 1))
+    blocks[:, : letters.shape[1]] = letters
+    blocks[:, _SIZE] = digits
+    blocks[:, _CHECKSUM] = _octal(sums, 6)
     return blocks.view(f"V{_BLOCK_BYTES}").ravel().tolist()
 
 
@@ -66,7 +68,7 @@ def _header(name: str, size: int) -> bytes:
 
 @lru_cache(maxsize=1)
 def _template() -> NDArray[np.uint8]:
-    """The header of an empty file without a name, and without the digits of its checksum."""
+    """A header without a name, and without the digits of its size and its checksum."""
     block = np.frombuffer(_header("", 0), np.uint8).copy()
-    block[_CHECKSUM] = 0
+    block[_SIZE] = block[_CHECKSUM] = 0
     return block
