@@ -29,7 +29,7 @@ from PIL import Image
 
 from pipelines.png import ENCODERS, PngEncoder, encode_pngs
 from pipelines.shards import Sample, pack, parse_index, sha256
-from pipelines.storage import open_storage
+from pipelines.storage import Storage, open_storage
 from pipelines.tar_writing import tar_of
 from tests.bench.timing import Quartiles, quartiles
 
@@ -143,10 +143,15 @@ def _shard_writer(folder: Path, images: list[Any]) -> None:
 def _ours(folder: Path, images: NDArray[np.uint8], encoder: PngEncoder) -> None:
     storage = open_storage(str(folder / encoder))
     for first in range(0, COUNT, PER_SHARD):
-        packed = _packed(images, first, encoder)
-        stem = f"shard-{first // PER_SHARD:06d}"
-        storage.put(f"{stem}.tar", packed.tar)
-        storage.put(f"{stem}.index.parquet", packed.index)
+        _put(storage, images, first, encoder)
+
+
+def _put(storage: Storage, images: NDArray[np.uint8], first: int, encoder: PngEncoder) -> None:
+    """A shard, of which nothing is in memory any more when the next one is made, as in our programs."""
+    packed = _packed(images, first, encoder)
+    stem = f"shard-{first // PER_SHARD:06d}"
+    storage.put(f"{stem}.tar", packed.tar)
+    storage.put(f"{stem}.index.parquet", packed.index)
 
 
 def _packed(images: NDArray[np.uint8], first: int, encoder: PngEncoder) -> Any:
