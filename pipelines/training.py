@@ -202,7 +202,8 @@ class Learner:
         losses = training_loss(
             network, self.schedule, config.objective, x_start, t, noise, levels=self.levels
         )
-        sample_weights = getattr(part, "weight", None)
+        # a factor of 1 changes nothing, and what goes to a GPU here waits for the forward pass to end
+        sample_weights = part.weight if num_skipped(part) else None  # type: ignore[attr-defined]
         if weights is not None:
             place = slice(part.stream * len(t), (part.stream + 1) * len(t))
             seen = t if sample_weights is None else t.where(sample_weights.to(t.device) > 0, -1)
