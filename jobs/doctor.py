@@ -63,7 +63,10 @@ def _python() -> str:
 def _torch() -> str:
     import torch
 
-    gpus = Counter(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    try:
+        gpus = Counter(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    except RuntimeError as error:
+        raise UserError(f"{torch.__version__}: its GPU can't be used ({one_line(error)})") from None
     return (
         f"{torch.__version__}, {', '.join(f'{count} × {name}' for name, count in gpus.items()) or 'no GPU'}"
     )

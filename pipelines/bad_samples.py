@@ -33,15 +33,15 @@ class BadSamples:
             if not self._skip:
                 raise sample.error()
             self.count += 1
+            self.note((sample,))
+
+    def note(self, samples: Iterable[BadSample]) -> None:
+        """List those that are not listed yet, and tell of them."""
+        for sample in samples:
             place = (sample.shard, sample.row)
             if place not in self.samples and len(self.samples) < _LISTED:
                 self.samples[place] = sample
                 log.warning("passing over %s", sample)
-
-    def met(self, count: int, samples: Iterable[BadSample]) -> None:
-        """What another process's reader, which told of it itself, met so far, and which samples newly."""
-        self.count = count
-        self.samples.update({(sample.shard, sample.row): sample for sample in samples})
 
 
 def too_many(bad: int, seen: int, num_samples: int, max_share: float) -> bool:

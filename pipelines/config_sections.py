@@ -69,8 +69,8 @@ class DataConfig(Section):
     """What it may hold, a node."""
     decode_threads: Positive = 1
     """Threads that decode, a worker."""
-    reader: Literal["auto", "thread", "process"] = "auto"
-    """Where a worker reads while it trains: in a thread, in a process of its own, or in that where it has a GPU."""
+    reader: Literal["thread", "process"] = "thread"
+    """Where a worker reads while it trains: in a thread, or in a process of its own."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """Whether a sample that cannot be decoded ends the run, or keeps its place with weight zero."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01

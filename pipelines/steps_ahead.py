@@ -67,13 +67,12 @@ class StepsAhead:
             if isinstance(item, BaseException):
                 raise item
             self._left -= 1
-        except StopIteration:
-            raise
         except BaseException as error:
-            # whether a step was taken out when a signal came in between is not known
-            self._error = (
-                error if error is item else DataError("reading was interrupted: read again from a step")
-            )
+            if error is item:
+                self._error = error
+            elif not isinstance(error, StopIteration):
+                # whether a step was taken out when a signal came in between is not known
+                self._error = DataError("reading was interrupted: read again from a step")
             raise
         return item
 

@@ -22,7 +22,8 @@ from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.held_out import bound_metrics, held_out_bound
 from pipelines.preview import preview
-from pipelines.reader_process import Reading
+from pipelines.reader_process import begin
+from pipelines.reading import Reading
 from pipelines.records import read_record
 from pipelines.steps_ahead import StepsAhead
 from pipelines.storage import Storage, StorageError, open_storage
@@ -226,7 +227,7 @@ def _loop(
 
 def _batches(run: Run, world: World, start: int) -> StepsAhead:
     settings = run.config.train
-    return Reading(
+    reading = Reading(
         run.dataset,
         "train",
         run.config.data,
@@ -237,7 +238,8 @@ def _batches(run: Run, world: World, start: int) -> StepsAhead:
         start_step=start,
         stop_step=settings.steps,
         for_gpu=world.device.type == "cuda",
-    ).begin()
+    )
+    return begin(reading)
 
 
 def _check_bad_share(run: Run, learner: Learner, batches: StepsAhead, done: int) -> None:

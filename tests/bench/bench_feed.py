@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -20,14 +21,17 @@ import torch
 from pipelines.config import Config, load_config
 from pipelines.config_sections import DataConfig
 from pipelines.precision import Autocast
-from pipelines.reader_process import Reading
+from pipelines.reader_process import begin
+from pipelines.reading import Reading
 from pipelines.steps_ahead import MicroBatch
 from pipelines.training import Learner
 from pipelines.world import SingleWorker
 from tests.bench.bench_data import make_files, put
-from tests.bench.timing import in_turns
+from tests.bench.timing import quartiles
 
 _SIDE, _COUNT, _PER_SHARD = 32, 65_536, 4096
+# those that wait, and those that are made and handed over meanwhile
+_READY = 10
 
 
 def main() -> None:
@@ -36,11 +40,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--batch", type=int, default=512 if large else 32)
     options.add_argument("--base-channels", type=int, default=64 if large else 32)
-    options.add_argument("--steps", type=int, default=40 if large else 4, help="in a turn")
+    options.add_argument("--steps", type=int, default=40, help="in a turn")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--decode-threads", type=int, default=1)
     options.add_argument("--launches", type=int, default=0, metavar="N")
-    options.add_argument("--reader", choices=("auto", "thread", "process"), default="auto")
+    options.add_argument("--reader", choices=("thread", "process"), default="thread")
     given = options.parse_args()
     config = load_config(
         "cifar10.yaml",
@@ -67,31 +71,38 @@ def main() -> None:
             micro_batch_size=given.batch // 4,
             for_gpu=large,
         )
-        with reading.begin() as fed:
+        with begin(reading) as fed:
             ready = next(fed)
-
-            def steps(batches: Iterable[list[MicroBatch]]) -> None:
-                for batch in itertools.islice(batches, given.steps):
-                    step(batch)
-
-            read, resident, ratio = in_turns(
-                lambda: steps(fed), lambda: steps(itertools.repeat(ready)), given.rounds
-            )
-            began = time.perf_counter()
-            for _ in itertools.islice(fed, given.steps):
-                pass
-            alone = given.batch * given.steps / (time.perf_counter() - began)
+            read, resident = [], []
+            for turn in range(given.rounds + 1):
+                times = _seconds(step, fed, given.steps), _seconds(step, itertools.repeat(ready), given.steps)
+                if turn:
+                    read.append(times[0])
+                    resident.append(times[1])
+            alone = _seconds(lambda batch: None, fed, given.steps)
     where = torch.cuda.get_device_name() if large else "CPU"
     dtype = Autocast(config.train.precision, device).dtype
     images = given.batch * given.steps
     what = f"{given.launches:,} launches" if given.launches else f"{given.base_channels} channels, {dtype}"
     print(f"{where}, {what}, batch 4 × {given.batch // 4}, reader {given.reader}")
-    print(f"  reading:   {images / read.median:,.0f} images/s")
-    print(f"  in memory: {images / resident.median:,.0f} images/s")
-    print(
-        f"  time against that in memory: {1 / ratio.median:.3f}× ({1 / ratio.high:.3f}–{1 / ratio.low:.3f})"
-    )
-    print(f"  the reader alone: {alone:,.0f} images/s, {given.decode_threads} threads of decoding")
+    print(f"  reading:   {images / statistics.median(read):,.0f} images/s")
+    print(f"  in memory: {images / statistics.median(resident):,.0f} images/s")
+    ratios = quartiles(a / b for a, b in zip(read, resident, strict=True))
+    print(f"  time against that in memory: {ratios.text(digits=3)}×")
+    print(f"  the reader alone: {images / alone:,.0f} images/s, {given.decode_threads} threads of decoding")
+
+
+def _seconds(
+    step: Callable[[list[MicroBatch]], object], batches: Iterable[list[MicroBatch]], count: int
+) -> float:
+    """Of so many steps, after as many as a reader may have ready when they begin."""
+    given = iter(batches)
+    for batch in itertools.islice(given, _READY):
+        step(batch)
+    began = time.perf_counter()
+    for batch in itertools.islice(given, count):
+        step(batch)
+    return time.perf_counter() - began
 
 
 def _training(config: Config, device: torch.device) -> Callable[[list[MicroBatch]], object]:

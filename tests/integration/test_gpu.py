@@ -17,7 +17,8 @@ from pipelines.config_sections import DataConfig
 from pipelines.dataset import Dataset
 from pipelines.images import to_model
 from pipelines.reader import StreamBatches
-from pipelines.reader_process import ProcessBatches, Reading
+from pipelines.reader_process import ProcessBatches, begin
+from pipelines.reading import Reading
 from pipelines.training import Learner, StepResult
 from pipelines.world import SingleWorker
 from tests.support.data import packed, put_dataset, random_images
@@ -87,7 +88,7 @@ def test_what_another_process_reads_is_pinned_and_becomes_the_same_numbers(datas
     asked = Reading(
         dataset,
         "train",
-        DataConfig(uri=dataset.uri, flip=True),
+        DataConfig(uri=dataset.uri, flip=True, reader="process"),
         seed=0,
         num_streams=2,
         streams=(0, 1),
@@ -97,7 +98,7 @@ def test_what_another_process_reads_is_pinned_and_becomes_the_same_numbers(datas
     )
     work = torch.randn(4096, 4096, device=GPU)
     got = []
-    with asked.begin() as steps:
+    with begin(asked) as steps:
         assert isinstance(steps, ProcessBatches)
         for parts in steps:
             work = torch.mm(work, work).clamp(-1, 1)

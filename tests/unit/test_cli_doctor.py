@@ -1,4 +1,4 @@
-"""`ddpm doctor` looks at the S3 server as at the others."""
+"""`ddpm doctor` looks at the S3 server as at the others, and at GPUs."""
 
 from __future__ import annotations
 
@@ -50,3 +50,18 @@ def test_what_is_no_address_is_named(endpoint: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     with pytest.raises(UserError, match=r"^AWS_ENDPOINT_URL="):
         doctor._s3()
+
+
+def test_gpus_are_counted_by_name_and_one_that_cannot_be_used_costs_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda number: ("A100", "H100", "A100")[number])
+    assert doctor._torch().endswith(", 2 × A100, 1 × H100")
+
+    def broken(number: int) -> str:
+        raise RuntimeError("CUDA unknown error\nand more")
+
+    monkeypatch.setattr("torch.cuda.get_device_name", broken)
+    with pytest.raises(UserError, match=r": its GPU can't be used \(CUDA unknown error and more\)$"):
+        doctor._torch()

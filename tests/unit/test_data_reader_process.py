@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -17,13 +18,15 @@ import psutil
 import pytest
 import torch
 
-from pipelines import reader_process
+from pipelines import reader_child, reader_process
 from pipelines.config_sections import DataConfig
 from pipelines.dataset import DataError, Dataset
+from pipelines.disk_cache import DiskCache
 from pipelines.errors import UserError
 from pipelines.images import encode_png
-from pipelines.reader import MicroBatch, StreamBatches
-from pipelines.reader_process import ProcessBatches, ReaderLost, Reading
+from pipelines.reader import MicroBatch
+from pipelines.reader_process import ProcessBatches, ReaderLost, begin
+from pipelines.reading import Reading
 from pipelines.shards import Sample, pack
 from tests.support.data import put_dataset, random_images
 
@@ -49,7 +52,7 @@ def open_files() -> int:
 
 def readers() -> list[psutil.Process]:
     children = psutil.Process().children()
-    return [child for child in children if any("reader_process" in part for part in child.cmdline())]
+    return [child for child in children if any("reader_child" in part for part in child.cmdline())]
 
 
 def waited(done: Callable[[], bool], seconds: float = 20) -> bool:
@@ -108,7 +111,7 @@ def test_the_steps_are_those_of_a_thread_whenever_it_is_killed(
     dataset = made(tmp_path)
     with reading(dataset, for_gpu=for_gpu).in_thread(prefetch=2, pin_memory=False) as steps:
         expected = list(steps)
-    with reading(dataset, for_gpu=for_gpu).begin(prefetch=2) as other:
+    with begin(reading(dataset, for_gpu=for_gpu), prefetch=2) as other:
         assert isinstance(other, ProcessBatches)
         got = [next(other) for _ in range(5)]
         (child,) = readers()
@@ -133,7 +136,7 @@ def test_it_goes_on_from_any_step(tmp_path: Path) -> None:
     dataset = made(tmp_path)
     with reading(dataset).in_thread(prefetch=2, pin_memory=False) as steps:
         expected = list(steps)[7:]
-    with reading(dataset, start_step=7).begin() as other:
+    with begin(reading(dataset, start_step=7)) as other:
         assert all(same(*pair) for pair in zip(list(other), expected, strict=True))
 
 
@@ -143,8 +146,8 @@ def test_bad_samples_are_passed_over_counted_listed_and_told_of_here(
     dataset, data = made(tmp_path, BAD), {"on_bad_sample": "skip"}
     with (
         caplog.at_level(logging.WARNING),
-        reading(dataset, "thread", data=data, stop_step=None).begin() as here,
-        reading(dataset, data=data, stop_step=None).begin() as there,
+        begin(reading(dataset, "thread", data=data, stop_step=None)) as here,
+        begin(reading(dataset, data=data, stop_step=None)) as there,
     ):
         drawn = 0
         for _ in range(12):
@@ -162,7 +165,7 @@ def test_an_error_is_the_one_that_a_thread_raises_and_stays(tmp_path: Path) -> N
     dataset = made(tmp_path, {(2, 0)})
     told = []
     for reader in ("thread", "process"):
-        with reading(dataset, reader, stop_step=None).begin() as steps:
+        with begin(reading(dataset, reader, stop_step=None)) as steps:
             with pytest.raises(DataError) as error:
                 list(steps)
             with pytest.raises(DataError):
@@ -181,32 +184,32 @@ def test_errors_that_are_bugs_say_where_they_were_raised() -> None:
     try:
         raise raised.value
     except ZeroDivisionError as error:
-        crossed = reader_process._portable(error)
+        crossed = reader_child._portable(error)
     assert "ZeroDivisionError: by nothing" in str(crossed)
     assert "in wrong" in str(crossed)
     mistake = UserError("data.uri: nowhere")
-    assert reader_process._portable(mistake) is mistake
+    assert reader_child._portable(mistake) is mistake
 
 
 def test_one_that_ends_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_process, "_PROGRAM", "raise SystemExit(3)")
     with (
-        reading(made(tmp_path)).begin() as steps,
-        pytest.raises(ReaderLost, match=r"4 times at step 0 \(exit code 3\)"),
+        begin(reading(made(tmp_path))) as steps,
+        pytest.raises(ReaderLost, match=r"4 times, at last at step 0 \(exit code 3\)"),
     ):
         next(steps)
 
 
 def test_its_end_is_waited_for_and_a_forgotten_one_ends_too(tmp_path: Path) -> None:
     dataset = made(tmp_path)
-    steps = reading(dataset, stop_step=None).begin()
+    steps = begin(reading(dataset, stop_step=None))
     next(steps)
     steps.close()
     assert not readers()
     with pytest.raises(StopIteration):
         next(steps)
     steps.close()
-    forgotten = reading(dataset, stop_step=None).begin()
+    forgotten = begin(reading(dataset, stop_step=None))
     next(forgotten)
     assert len(readers()) == 1
     # and `nothing_is_left` looks
@@ -215,8 +218,8 @@ def test_its_end_is_waited_for_and_a_forgotten_one_ends_too(tmp_path: Path) -> N
 def test_it_ends_with_the_process_that_trains_however_that_ends(tmp_path: Path) -> None:
     made(tmp_path)
     script = (
-        "import sys, time, psutil; from tests.unit.test_data_reader_process import reading, Dataset\n"
-        f"steps = reading(Dataset.load({str(tmp_path)!r}), stop_step=None).begin(); next(steps)\n"
+        "import sys, time, psutil; from tests.unit.test_data_reader_process import begin, reading, Dataset\n"
+        f"steps = begin(reading(Dataset.load({str(tmp_path)!r}), stop_step=None)); next(steps)\n"
         "print(psutil.Process().children()[0].pid, flush=True); time.sleep(600)"
     )
     root = Path(__file__).resolve().parents[2]
@@ -241,8 +244,8 @@ def test_stages_of_the_working_directory_run_in_it(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("A_LABEL", "7")
     with (
-        reading(dataset, data={"stages": ["my_stage_for_a_process.negate"]}).begin() as there,
-        reading(dataset, "thread").begin() as here,
+        begin(reading(dataset, data={"stages": ["my_stage_for_a_process.negate"]})) as there,
+        begin(reading(dataset, "thread")) as here,
     ):
         for ours, theirs in zip(there, here, strict=True):
             for a, b in zip(ours, theirs, strict=True):
@@ -251,12 +254,143 @@ def test_stages_of_the_working_directory_run_in_it(tmp_path: Path, monkeypatch: 
     assert "my_stage_for_a_process" not in sys.modules
 
 
-def test_by_itself_it_is_for_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_killed_in_the_midst_of_a_message_is_started_again(tmp_path: Path) -> None:
+    """Steps of 128 KiB beside their images: more than the connection holds."""
     dataset = made(tmp_path)
-    begun = []
-    monkeypatch.setattr(reader_process, "ProcessBatches", lambda reading, prefetch: begun.append(reading))
-    with reading(dataset, "auto").begin() as steps:
-        assert isinstance(steps, StreamBatches)
-    assert not begun
-    reading(dataset, "auto", for_gpu=True).begin()
-    assert len(begun) == 1
+    asked: dict[str, Any] = {"micro_batch_size": 1500, "stop_step": 6}
+    with reading(dataset, **asked).in_thread(prefetch=2, pin_memory=False) as steps:
+        expected = list(steps)
+    with begin(reading(dataset, **asked)) as other:
+        got = [next(other)]
+        (child,) = readers()
+        # it waits in the midst of one
+        assert not waited(lambda: child.status() == psutil.STATUS_SLEEPING and child.cpu_percent(0.3) < 5)
+        child.kill()
+        got += list(other)
+    assert all(same(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_one_that_is_stopped_is_ended_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reader_process, "_LOOK_S", 0.2)
+    monkeypatch.setattr(reader_process, "_CLOSE_TIMEOUT_S", 0.2)
+    dataset = made(tmp_path)
+    with begin(reading(dataset)) as other:
+        first = next(other)
+        (child,) = readers()
+        child.suspend()
+        assert len([first, *other]) == 12
+        assert not child.is_running()
+    assert "by signal 9" in caplog.text
+
+
+def test_one_that_is_lost_now_and_then_is_always_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_process, "_STARTED_AGAIN", 1)
+    # with one step in the memory that they share the second loss is found out 3 to 5 steps behind the first
+    for peace, enough in ((3, True), (6, False)):
+        monkeypatch.setattr(reader_process, "_STEPS_OF_PEACE", peace)
+        with begin(reading(made(tmp_path / str(peace)), stop_step=None), prefetch=1) as other:
+            for _ in range(2):
+                for _ in range(4):
+                    next(other)
+                readers()[0].kill()
+            with contextlib.nullcontext() if enough else pytest.raises(ReaderLost):
+                for _ in range(3):
+                    next(other)
+
+
+def test_it_finds_the_modules_that_this_process_finds_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they lie, and whatever lies in the working directory."""
+    modules = tmp_path / "a:b"
+    modules.mkdir()
+    (modules / "my_stage_elsewhere.py").write_text("def keep(samples):\n    yield from samples\n")
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(modules), Path("no-text-and-so-ignored")])
+    with begin(reading(made(tmp_path / "data"), data={"stages": ["my_stage_elsewhere.keep"]})) as steps:
+        assert len(list(steps)) == 12
+
+
+def test_it_ends_also_in_the_midst_of_a_stage_and_of_what_that_started(tmp_path: Path) -> None:
+    (tmp_path / "my_slow_stage.py").write_text(
+        "import subprocess, time\n"
+        "def wait(samples):\n"
+        "    subprocess.Popen(['sleep', '60'], close_fds=False)\n"
+        "    time.sleep(600)\n"
+        "    yield from samples\n"
+    )
+    dataset = made(tmp_path / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        steps = begin(reading(dataset, data={"stages": ["my_slow_stage.wait"]}))
+        (child,) = readers()
+        assert not waited(lambda: bool(child.children()))
+        (sleeper,) = child.children()
+    steps.close()
+    # and was not waited for and killed
+    assert steps._source._process.returncode == 0  # type: ignore[attr-defined]
+    assert sleeper.is_running()
+    sleeper.kill()
+
+
+def test_what_stages_log_is_logged_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "my_telling_stage.py").write_text(
+        "import logging\n"
+        "def tell(samples):\n"
+        "    logging.getLogger('my.own').info('a batch of %d', len(list(samples := list(samples))))\n"
+        "    logging.getLogger('my.own').debug('too much')\n"
+        "    yield from samples\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    stages = {"stages": ["my_telling_stage.tell"]}
+    with (
+        caplog.at_level(logging.INFO),
+        begin(reading(made(tmp_path / "data"), data=stages, stop_step=2)) as steps,
+    ):
+        list(steps)
+    told = [record.getMessage() for record in caplog.records if record.name == "my.own"]
+    assert "a batch of 3" in told
+    assert set(told) == {"a batch of 3"}
+
+
+def test_a_machine_without_such_memory_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.memfd_create", refused)
+    with pytest.raises(UserError, match=r"data\.reader: no other process can read here .*; set it to thread"):
+        begin(reading(made(tmp_path)))
+
+
+def test_a_thread_reads_as_the_configuration_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("pipelines.reading.StreamBatches", lambda *a, **named: given.update(named))
+    data = {
+        "cache_bytes": 2**21,
+        "decode_threads": 3,
+        "disk_cache": str(tmp_path),
+        "disk_cache_bytes": 77,
+        "on_bad_sample": "skip",
+    }
+    begin(reading(made(tmp_path), "thread", data=data, for_gpu=True))
+    assert isinstance(given.pop("fetch"), DiskCache)
+    expected = {
+        "cache_bytes": 2**21,
+        "decode_threads": 3,
+        "flip": True,
+        "skip_bad": True,
+        "as_bytes": True,
+        "channels_last": True,
+        "pin_memory": True,
+        "stop_step": 12,
+    }
+    assert {name: given[name] for name in expected} == expected
