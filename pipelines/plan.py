@@ -28,6 +28,7 @@ def training_plan(run: Run) -> str:
     state = parameters * copies * _BYTES_A_PARAMETER
     largest = max(shard.num_bytes for shard in dataset.shards("train"))
     shards = config.data.cache_bytes + SPARE_SHARDS * min(largest, config.data.cache_bytes)
+    reader = ", some 300 MiB for the process that reads" if config.data.reader == "process" else ""
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0
     schedule = Schedule.from_config(config.schedule)
@@ -46,7 +47,7 @@ def training_plan(run: Run) -> str:
         f"over {config.workers.num} workers",
         f"memory     a worker: about {state / _MIB:.0f} MiB of state, "
         f"{activations * micro_batch / _MIB:.0f} MiB of activations, "
-        f"up to {shards / _MIB:.0f} MiB of shards",
+        f"up to {shards / _MIB:.0f} MiB of shards{reader}",
         f"output     {run.storage.uri}",
     ]
     if config.data.stages:

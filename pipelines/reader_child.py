@@ -11,6 +11,7 @@ import logging.handlers
 import mmap
 import os
 import select
+import signal
 import threading
 import traceback
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ class _Parent(logging.handlers.QueueHandler):
 
 def main(connection: int, memory: int) -> None:
     """`connection`, `memory`: the files that it inherits."""
+    # who interrupts the whole group means the process that trains
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for inherited in (connection, memory):
         # what a user's stage starts must not keep them open
         os.set_inheritable(inherited, False)

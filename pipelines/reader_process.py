@@ -157,7 +157,7 @@ class _Process:
         if self._times_lost > _STARTED_AGAIN:
             return ReaderLost(
                 f"{self._reading.dataset.uri}: the process that reads it ended {self._times_lost} times, at last "
-                f"at step {self._step} ({why}); with data.reader=thread none is needed"
+                f"at step {self._step} ({why}): look at the machine's memory and, if there are any, at data.stages"
             )
         log.warning("the process that reads ended (%s); another goes on at step %d", why, self._step)
         self._start()

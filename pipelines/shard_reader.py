@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
@@ -239,7 +238,7 @@ class ShardReader:
 
     def keys_of(self, shard: int, rows: NDArray[np.int64]) -> list[str]:
         """The keys of the samples at these rows of a shard."""
-        return list(self._get(shard).index.key.take(pa.array(rows)).to_pylist())
+        return list(self._get(shard).index.keys(rows).to_pylist())
 
     def retain(self, shards: Container[int]) -> None:
         """Forget all shards that are here but these."""

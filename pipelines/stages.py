@@ -263,7 +263,8 @@ class Stages:
             yield from given
         except StageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            # in a thread that reads no signal raises the last one
             if batch.error is not None:
                 raise batch.error from None
             raise _error(stage, batch, max(0, taken - 1), f"raises {_told(error)}") from error

@@ -593,7 +593,7 @@ def test_an_encoder_is_part_of_what_a_data_set_is_and_the_usual_one_is_not_named
         assert seen == 40
     assert usual.identity != by_fpng.identity
     line = refusal(str(array), str(tmp_path / "usual"), test_fraction=0.3, png_encoder="fpng")
-    assert "prepare.png_encoder (None there, fpng asked for)" in line
+    assert "prepare.png_encoder (the default there, fpng asked for)" in line
 
 
 def test_an_encoder_that_writes_no_grey_is_refused_before_anything_is_written(

@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import io
 import itertools
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -598,3 +600,17 @@ def test_however_many_the_data_are_only_so_many_shards_and_batches_are_held(
     monkeypatch.setattr(WeightedLRU, "_over", lambda self: False)
     monkeypatch.setattr(WeightedLRU, "retain", lambda self, keys: None)
     assert held_over_an_epoch(dataset, monkeypatch)[0] >= 75
+
+
+def test_reading_imports_no_pandas(tmp_path: Path) -> None:
+    """That takes half a second, in which an interruption is lost."""
+    dataset_of(tmp_path, [6, 3])
+    script = (
+        "import sys; from pipelines.dataset import Dataset; from pipelines.reader import StreamBatches\n"
+        "from pipelines.stored_order import read_split\n"
+        f"dataset = Dataset.load({str(tmp_path)!r}); list(read_split(dataset, 'test'))\n"
+        "with StreamBatches(dataset, 'train', seed=0, num_streams=1, streams=[0], micro_batch_size=4) as steps:\n"
+        "    next(steps)\n"
+        "sys.exit('pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

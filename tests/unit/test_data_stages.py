@@ -270,6 +270,16 @@ def nothing(samples: Iterable[Sample]) -> Any:
     return None
 
 
+def leave(samples: Iterable[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        sys.exit(3)
+        yield sample
+
+
+def interrupt(samples: Iterable[Sample]) -> Iterator[Sample]:
+    raise KeyboardInterrupt
+
+
 def factory(amount: int = 1) -> Any:
     return negate
 
@@ -303,6 +313,8 @@ def apply(*stages: Callable[[Iterable[Sample]], Iterable[Sample]], seed: int = 1
         (mislabel, "sample 'a': makes its label 10, and the data set has 10 classes"),
         (fail, "sample 'b': raises ZeroDivisionError: of mine"),
         (fail_at_once, "sample 'a': raises RuntimeError: not today"),
+        (leave, "sample 'a': raises SystemExit: 3"),
+        (interrupt, "sample 'a': raises KeyboardInterrupt"),
         (nothing, "sample 'a': returns NoneType, not its samples$"),
         (factory, "sample 'a': returns function, not its samples; what makes a stage has args, {} at least$"),
         (lambda samples: iter(()), "sample 'a': drops it"),
