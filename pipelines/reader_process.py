@@ -160,7 +160,13 @@ class _Process:
                 f"at step {self._step} ({why}): look at the machine's memory and, if there are any, at data.stages"
             )
         log.warning("the process that reads ended (%s); another goes on at step %d", why, self._step)
-        self._start()
+        try:
+            self._start()
+        except OSError as error:  # no memory for it, say
+            return ReaderLost(
+                f"{self._reading.dataset.uri}: the process that reads it ended ({why}), and another can't be "
+                f"started ({one_line(error)})"
+            )
         return None
 
     def _taken(self, step: Step) -> list[MicroBatch]:

@@ -288,6 +288,24 @@ def test_one_that_is_stopped_is_ended_and_started_again(
     assert "by signal 9" in caplog.text
 
 
+def test_one_that_cannot_be_started_again_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object, **named: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with begin(reading(made(tmp_path), stop_step=None)) as other:
+        next(other)
+        monkeypatch.setattr(subprocess, "Popen", refused)
+        readers()[0].kill()
+        for _ in range(2):  # it is told again, as every error is
+            with pytest.raises(
+                ReaderLost, match=r"\(by signal 9, SIGKILL\), and another can't be started"
+            ) as error:
+                list(other)
+        assert "\n" not in str(error.value)
+
+
 def test_one_that_is_lost_now_and_then_is_always_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
