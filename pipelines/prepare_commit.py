@@ -128,8 +128,7 @@ def _spelt(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    # what a record does not name is what is done by itself
-    text = "the default" if value is None else str(value)
+    text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:8]}…"
 
 

@@ -217,7 +217,7 @@ def test_a_second_call_finds_the_work_done(
     [
         ({"seed": 1}, "seed (0 there, 1 asked for)"),
         ({"test_fraction": 0.5}, "prepare.test_fraction (0.1 there, 0.5 asked for)"),
-        ({"image_size": 4}, "prepare.image_size (None there, 4 asked for)"),
+        ({"image_size": 4}, "prepare.image_size (nothing there, 4 asked for)"),
         ({"channels": 3}, "prepare.channels (1 there, 3 asked for)"),
         ({"levels": 17}, "prepare.levels (256 there, 17 asked for)"),
         ({"samples_per_shard": 5}, "prepare.samples_per_shard (1024 there, 5 asked for)"),
@@ -593,7 +593,7 @@ def test_an_encoder_is_part_of_what_a_data_set_is_and_the_usual_one_is_not_named
         assert seen == 40
     assert usual.identity != by_fpng.identity
     line = refusal(str(array), str(tmp_path / "usual"), test_fraction=0.3, png_encoder="fpng")
-    assert "prepare.png_encoder (the default there, fpng asked for)" in line
+    assert "prepare.png_encoder (nothing there, fpng asked for)" in line
 
 
 def test_an_encoder_that_writes_no_grey_is_refused_before_anything_is_written(
