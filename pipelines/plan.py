@@ -9,8 +9,9 @@ from ddpm_core.networks import build_network
 from ddpm_core.schedules import Schedule
 from pipelines.checkpoints import Checkpoints
 from pipelines.config_sections import Network
+from pipelines.reader_process import steps_in_memory
 from pipelines.shard_reader import SPARE_SHARDS
-from pipelines.train import Run
+from pipelines.train import Run, what_to_read
 
 # float32
 _BYTES_A_PARAMETER = 4
@@ -28,6 +29,10 @@ def training_plan(run: Run) -> str:
     state = parameters * copies * _BYTES_A_PARAMETER
     largest = max(shard.num_bytes for shard in dataset.shards("train"))
     shards = config.data.cache_bytes + SPARE_SHARDS * min(largest, config.data.cache_bytes)
+    workers = config.workers
+    # the last worker takes as many micro-batches as any
+    reading = what_to_read(run, workers.num - 1, workers.num, 0, for_gpu=workers.gpus > 0)
+    images = steps_in_memory(reading) * reading.step_bytes
     reader = ", some 300 MiB for the process that reads" if config.data.reader == "process" else ""
     steps = Checkpoints(run.storage).steps()
     done = steps[-1] if steps else 0
@@ -44,10 +49,10 @@ def training_plan(run: Run) -> str:
         f"steps      {done} done, {max(0, settings.steps - done)} to go; "
         f"{settings.steps * settings.batch_size / train_images:.1f} epochs in all",
         f"batch      {settings.batch_size} = {settings.micro_batches} micro-batches of {micro_batch}, "
-        f"over {config.workers.num} workers",
+        f"over {workers.num} workers",
         f"memory     a worker: about {state / _MIB:.0f} MiB of state, "
         f"{activations * micro_batch / _MIB:.0f} MiB of activations, "
-        f"up to {shards / _MIB:.0f} MiB of shards{reader}",
+        f"up to {shards / _MIB:.0f} MiB of shards, {images / _MIB:.0f} MiB of images{reader}",
         f"output     {run.storage.uri}",
     ]
     if config.data.stages:

@@ -29,7 +29,7 @@ from pipelines.shard_reader import BadSample
 from pipelines.steps_ahead import MicroBatch
 
 # steps that it has ready beside those in the memory that the two share
-_AHEAD = 2
+AHEAD = 2
 
 
 class Task(NamedTuple):
@@ -63,9 +63,9 @@ def slots(memory: int, reading: Reading, num_slots: int, *, writable: bool) -> N
     """The shared memory, one step's images a slot."""
     shape, dtype = reading.layout
     numbers = np.dtype(str(dtype).removeprefix("torch."))
-    num_bytes = num_slots * int(np.prod(shape)) * numbers.itemsize
     access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-    return np.frombuffer(mmap.mmap(memory, num_bytes, access=access), numbers).reshape(num_slots, *shape)
+    shared = mmap.mmap(memory, num_slots * reading.step_bytes, access=access)
+    return np.frombuffer(shared, numbers).reshape(num_slots, *shape)
 
 
 class _Parent(logging.handlers.QueueHandler):
@@ -123,7 +123,7 @@ def main(connection: int, memory: int) -> None:
 
 def _read(reading: Reading, room: NDArray[Any], parent: _Parent) -> None:
     listed = 0
-    with reading.in_thread(prefetch=_AHEAD, pin_memory=False) as steps:
+    with reading.in_thread(prefetch=AHEAD, pin_memory=False) as steps:
         for parts in steps:
             slot = parent.hear()
             for place, part in zip(np.split(room[slot], len(parts)), parts, strict=True):

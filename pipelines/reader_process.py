@@ -30,7 +30,7 @@ import torch
 from pipelines.bad_samples import BadSamples
 from pipelines.buffers import Buffers
 from pipelines.errors import UserError, one_line
-from pipelines.reader_child import Step, Task, slots
+from pipelines.reader_child import AHEAD, Step, Task, slots
 from pipelines.reading import Reading
 from pipelines.steps_ahead import MicroBatch, StepsAhead
 
@@ -40,6 +40,8 @@ _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from pipelines.reader_child import main; main(*map(int, sys.argv[2:]))"
 )
+# steps that are ready
+PREFETCH = 4
 _CLOSE_TIMEOUT_S = 10.0
 # how often to look after one that says nothing
 _LOOK_S = 5.0
@@ -54,7 +56,12 @@ class ReaderLost(UserError):
     exit_code = 1
 
 
-def begin(reading: Reading, *, prefetch: int = 4) -> StepsAhead:
+def steps_in_memory(reading: Reading) -> int:
+    """How many steps' images there are at most while `begin` reads: ready, being made, and in use."""
+    return PREFETCH + 2 + (AHEAD + 1 if reading.data.reader == "process" else 0)
+
+
+def begin(reading: Reading, *, prefetch: int = PREFETCH) -> StepsAhead:
     """Read as `data.reader` says, `prefetch` steps ahead; by a process some more.
 
     Raises `UserError` where this machine has no such processes.
@@ -73,7 +80,7 @@ class ProcessBatches(StepsAhead):
     `StreamBatches` takes, and the images of `prefetch` steps.
     """
 
-    def __init__(self, reading: Reading, *, prefetch: int = 4) -> None:
+    def __init__(self, reading: Reading, *, prefetch: int = PREFETCH) -> None:
         self.skipped = BadSamples(reading.data.on_bad_sample == "skip")
         try:
             source = _Process(reading, prefetch, self.skipped)
@@ -96,8 +103,7 @@ class _Process:
         # not in a file of /dev/shm, of which a container may have little
         self._memory = os.memfd_create("ddpm-batches")
         weakref.finalize(self, os.close, self._memory)
-        shape, dtype = reading.layout
-        os.ftruncate(self._memory, num_slots * int(np.prod(shape)) * dtype.itemsize)
+        os.ftruncate(self._memory, num_slots * reading.step_bytes)
         self._slots = slots(self._memory, reading, num_slots, writable=False)
         self._buffers = Buffers(pin=reading.for_gpu)
         self._start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,12 @@ class Reading:
     @property
     def num_steps(self) -> int | None:
         return None if self.stop_step is None else self.stop_step - self.start_step
+
+    @property
+    def step_bytes(self) -> int:
+        """Of a step's images."""
+        shape, dtype = self.layout
+        return math.prod(shape) * dtype.itemsize
 
     @property
     def layout(self) -> tuple[tuple[int, ...], torch.dtype]:

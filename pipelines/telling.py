@@ -42,9 +42,11 @@ def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
         given = problem["input"]
         if isinstance(given, Mapping):
             field, given = f"{field}.kind", given.get("kind")
-            message = f"must be {' or '.join(map(repr, tags))}, got {given!r}"
+            message = f"must be {' or '.join(map(repr, tags))}, got {_written(given)}"
         else:
-            message = f"must hold settings, got {given!r}"
+            message = f"must hold settings, got {_written(given)}"
+    elif problem["type"] in ("model_type", "dataclass_type"):
+        message = f"must hold settings, got {_written(problem['input'])}"
     elif problem["type"] == "value_error":
         # a check over several fields names its field itself
         field = (
@@ -52,8 +54,15 @@ def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
         )
         message = message.partition(": ")[2] or message
     else:
-        message = f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, got {_written(problem['input'])}"
     return f"{field}: {message}"
+
+
+def _written(value: Any) -> str:
+    """A value as it stands in YAML, where null and an empty one are the same."""
+    if value is None:
+        return "nothing"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _suggestion(location: Sequence[int | str], model: type[BaseModel]) -> str:

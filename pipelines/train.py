@@ -179,7 +179,8 @@ def _loop(
     history = History(run.storage)
     rows: list[Row] = []
     clock = _Clock(settings.batch_size)
-    with contextlib.closing(_batches(run, world, start)) as batches:
+    reading = what_to_read(run, world.rank, world.size, start, for_gpu=world.device.type == "cuda")
+    with contextlib.closing(begin(reading)) as batches:
         for step in range(start, settings.steps):
             result = learner.step(step, next(batches), world)
             done = step + 1
@@ -225,21 +226,20 @@ def _loop(
                 world.report(_progress(done, evaluated))
 
 
-def _batches(run: Run, world: World, start: int) -> StepsAhead:
+def what_to_read(run: Run, rank: int, world_size: int, start: int, *, for_gpu: bool) -> Reading:
     settings = run.config.train
-    reading = Reading(
+    return Reading(
         run.dataset,
         "train",
         run.config.data,
         seed=run.config.seed,
         num_streams=settings.micro_batches,
-        streams=tuple(streams_of(world.rank, world.size, settings.micro_batches)),
+        streams=tuple(streams_of(rank, world_size, settings.micro_batches)),
         micro_batch_size=settings.batch_size // settings.micro_batches,
         start_step=start,
         stop_step=settings.steps,
-        for_gpu=world.device.type == "cuda",
+        for_gpu=for_gpu,
     )
-    return begin(reading)
 
 
 def _check_bad_share(run: Run, learner: Learner, batches: StepsAhead, done: int) -> None:

@@ -130,7 +130,10 @@ def test_what_differs_is_told_shortly(tmp_path: Path) -> None:
     tars = put_tars(tmp_path / "in")
     index_tars(str(tars), str(tmp_path / "out"))
     line = refusal(prepare, tars, tmp_path / "out", samples_per_shard=7, image_size=4)
-    assert "prepare.channels (nothing there, 1 asked for), crop (nothing there, centre square asked for), " in line
+    assert (
+        "prepare.channels (nothing there, 1 asked for), crop (nothing there, centre square asked for), "
+        in line
+    )
     assert "more; prepare it the same way" in line
     assert "fingerprint" not in line
 

@@ -686,11 +686,31 @@ def test_the_plan_names_data_steps_memory_and_output(config: Config) -> None:
     assert fields["steps"] == f"0 done, 20 to go; {20 * 8 / 37:.1f} epochs in all"
     assert fields["batch"] == "8 = 4 micro-batches of 2, over 1 workers"
     assert re.fullmatch(
-        r"a worker: about \d+ MiB of state, \d+ MiB of activations, up to 256 MiB of shards", fields["memory"]
+        r"a worker: about \d+ MiB of state, \d+ MiB of activations, up to 256 MiB of shards, 0 MiB of images",
+        fields["memory"],
     )
     assert fields["output"] == run.storage.uri
     # and it does nothing
     assert run.storage.list() == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory"),
+    [
+        # half of 16,384 images of 8×8 numbers is 2 MiB a step
+        ((), "12 MiB of images"),
+        (("data.reader=process",), "18 MiB of images, some 300 MiB for the process that reads"),
+        (("workers.gpus=1",), "3 MiB of images"),
+        (("workers.num=3",), "12 MiB of images"),
+    ],
+)
+def test_the_plan_counts_the_images_that_are_read_ahead(
+    config: Config, overrides: tuple[str, ...], memory: str
+) -> None:
+    where = (f"data.uri={config.data.uri}", f"storage={config.storage}")
+    sizes = ("train.batch_size=16384", "train.micro_batches=4", "workers.num=2")
+    plan = training_plan(open_run(tiny_config(*where, *sizes, *overrides)))
+    assert re.search(rf"MiB of shards, {memory}$", plan, re.MULTILINE)
 
 
 def test_the_plan_counts_what_is_done_and_warns(short: Config) -> None:

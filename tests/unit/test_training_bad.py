@@ -17,9 +17,10 @@ from pipelines.held_out import held_out_bound
 from pipelines.images import encode_png
 from pipelines.order import Order
 from pipelines.reader import MicroBatch
+from pipelines.reader_process import begin
 from pipelines.shards import Sample, pack
 from pipelines.tracking import History
-from pipelines.train import Run, _batches, claim, open_run, train
+from pipelines.train import Run, claim, open_run, train, what_to_read
 from pipelines.training import Learner, StepResult, TrainingError
 from pipelines.world import SingleWorker, World, streams_of
 from tests.support.data import packed, put_dataset, random_images
@@ -65,7 +66,7 @@ def bad_by_step(run: Run, steps: int) -> list[int]:
 
 def go(run: Run, world: World, steps: int) -> tuple[Learner, list[StepResult]]:
     learner = Learner(run.config, CPU)
-    with closing(_batches(run, world, 0)) as batches:
+    with closing(begin(what_to_read(run, world.rank, world.size, 0, for_gpu=False))) as batches:
         return learner, [learner.step(step, next(batches), world) for step in range(steps)]
 
 
