@@ -23,6 +23,7 @@ import importlib.util
 import inspect
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -267,7 +268,7 @@ class Stages:
             # in a thread that reads no signal raises the last one
             if batch.error is not None:
                 raise batch.error from None
-            raise _error(stage, batch, max(0, taken - 1), f"raises {_told(error)}") from error
+            raise _error(stage, batch, max(0, taken - 1), f"raises {_told(error)}{_where(error)}") from error
 
     def _wrong(self, sample: Any, key: str, index: int, shape: tuple[int, ...]) -> str | None:
         if not isinstance(sample, Mapping):
@@ -294,3 +295,10 @@ def _error(stage: LoadedStage, batch: _Batch, place: int, reason: str) -> StageE
 def _told(error: BaseException) -> str:
     said = one_line(error, 160)
     return said if said == type(error).__name__ else f"{type(error).__name__}: {said}"
+
+
+def _where(error: BaseException) -> str:
+    """The line of the stage's file that its exception comes from, or came through."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

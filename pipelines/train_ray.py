@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -92,17 +93,24 @@ def _known(verdict: Any) -> str | None:
         return None
 
 
+def _not_ours(record: logging.LogRecord) -> bool:
+    return not isinstance(sys.exc_info()[1], UserError)
+
+
 def _worker(arguments: dict[str, Any]) -> str | None:
     """Train; returns why training can't go on, if it can't."""
     configure_worker_logging()
+    # Ray logs whatever ends a worker with its traceback, while it handles it; our own errors are told in a line
+    logging.getLogger("ray.train.v2._internal.util").addFilter(_not_ours)
     verdict = arguments["verdict"]
     if why := _known(verdict):
         # found out in an attempt before this one
         return why
     try:
         return _train(arguments)
-    except (StorageError, ReaderLost):
+    except (StorageError, ReaderLost) as error:
         # may pass
+        log.warning("a worker stops: %s", one_line(error, 1000))
         raise
     except UserError as error:
         # The others don't meet it, and wait: an error is what ends them. Ray tries again, and that ends at once.

@@ -331,6 +331,22 @@ def test_it_is_named_with_the_sample(
     assert "\n" not in str(error.value)
 
 
+def test_its_line_is_named() -> None:
+    def raising(samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            yield sample | {"label": np.array([[1, 2], [3, 4]]) @ np.array([1, 2, 3])}
+
+    line = raising.__code__.co_firstlineno + 2
+    with pytest.raises(
+        StageError, match=rf"raises ValueError: matmul: .*\(test_data_stages\.py, line {line}\)$"
+    ):
+        apply(raising)
+    # the one in which it was raised, of several
+    with pytest.raises(StageError, match=r"of mine \(test_data_stages\.py, line \d+\)$") as error:
+        apply(lambda samples: fail(samples))
+    assert f"line {fail.__code__.co_firstlineno + 3})" in str(error.value)
+
+
 def test_an_error_that_a_later_stage_catches_is_still_the_earlier_ones() -> None:
     def swallow(samples: Iterable[Sample]) -> Iterator[Sample]:
         try:
