@@ -42,7 +42,7 @@ _PROGRAM = (
 )
 # steps that are ready
 PREFETCH = 4
-_CLOSE_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 3.0
 # how often to look after one that says nothing
 _LOOK_S = 5.0
 # so often, with fewer than so many steps since it was lost the last time
@@ -226,6 +226,7 @@ def _why(code: int) -> str:
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
     try:
+        # it ends at once, unless it is stopped
         process.wait(_CLOSE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -116,6 +117,7 @@ def test_the_steps_are_those_of_a_thread_whenever_it_is_killed(
         got = [next(other) for _ in range(3)]
         (child,) = readers()
         # an interruption is the other process's
+        assert os.getsid(child.pid) == child.pid
         child.send_signal(signal.SIGINT)
         got += [next(other) for _ in range(2)]
         assert child.environ()["CUDA_VISIBLE_DEVICES"] == ""
@@ -288,6 +290,14 @@ def test_one_that_is_stopped_is_ended_and_started_again(
     assert "by signal 9" in caplog.text
 
 
+def test_one_that_is_stopped_is_not_waited_for_at_the_end(tmp_path: Path) -> None:
+    steps = begin(reading(made(tmp_path)))
+    next(steps)
+    readers()[0].send_signal(signal.SIGSTOP)
+    steps.close()
+    assert steps._source._process.returncode == -signal.SIGKILL  # type: ignore[attr-defined]
+
+
 def test_one_that_cannot_be_started_again_costs_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,10 +373,11 @@ def test_what_stages_log_is_logged_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "my_telling_stage.py").write_text(
-        "import logging\n"
+        "import logging, torch\n"
         "def tell(samples):\n"
         "    logging.getLogger('my.own').info('a batch of %d', len(list(samples := list(samples))))\n"
         "    logging.getLogger('my.own').debug('too much')\n"
+        "    logging.getLogger('my.own').info('%d thread', torch.get_num_threads())\n"
         "    yield from samples\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -377,8 +388,8 @@ def test_what_stages_log_is_logged_here(
     ):
         list(steps)
     told = [record.getMessage() for record in caplog.records if record.name == "my.own"]
-    assert "a batch of 3" in told
-    assert set(told) == {"a batch of 3"}
+    # beside a worker that computes with as many as it is given
+    assert set(told) == {"a batch of 3", "1 thread"}
 
 
 def test_a_machine_without_such_memory_costs_one_line(
