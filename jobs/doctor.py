@@ -96,7 +96,7 @@ def _stack() -> str:
 def _s3() -> str:
     name = next((n for n in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(n)), None)
     if name is None:
-        return "AWS_ENDPOINT_URL is not set: AWS's own endpoints"
+        return "AWS_ENDPOINT_URL is not set: AWS's own endpoints, unless a profile names others"
     endpoint = os.environ[name]
     try:
         parts = urlsplit(endpoint)

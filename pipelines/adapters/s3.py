@@ -11,7 +11,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -67,11 +67,33 @@ _PASSING = {"RequestTimeout", "SlowDown", "BadDigest", "XAmzContentSHA256Mismatc
 _WRITER = "ddpm-writer"
 
 
+class _Server(NamedTuple):
+    client: Any
+    name: str
+
+
 @functools.cache
-def _client(pid: int, endpoint: str | None) -> Any:
-    """One client a process (a new one costs 0.1 s), never carried over a fork."""
+def _server(pid: int, endpoint: str | None) -> _Server:
+    """One client a process (a new one costs 0.1 s), never carried over a fork. `endpoint`: the environment's."""
+    if endpoint is None:
+        found = _made(path_style=False, ignore_configured_endpoint_urls=False).meta.endpoint_url
+        if found != _made(path_style=False, ignore_configured_endpoint_urls=True).meta.endpoint_url:
+            # a profile's
+            endpoint = found
     if endpoint is not None and _split(endpoint)[0] not in ("http", "https"):
         raise UserError(f"AWS_ENDPOINT_URL: {without_password(endpoint)!r} is no http:// or https:// address")
+    client = _made(path_style=endpoint is not None)
+    if endpoint is not None:
+        # before boto3's own, which is made for AWS's regions and asks without end where none is named
+        client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+    return _Server(client, _name(endpoint))
+
+
+def _name(endpoint: str | None) -> str:
+    return f"the S3 server at {without_password(endpoint)}" if endpoint else "AWS S3"
+
+
+def _made(*, path_style: bool, **options: bool) -> Any:
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
@@ -81,16 +103,13 @@ def _client(pid: int, endpoint: str | None) -> Any:
         # other servers than AWS's know neither the newer checksums nor every bucket as a host name
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if endpoint else "auto"},
+        s3={"addressing_style": "path" if path_style else "auto"},
+        **options,
     )
     try:
-        client = boto3.session.Session().client("s3", config=config)
+        return boto3.session.Session().client("s3", config=config)
     except ValueError as error:
         raise UserError(f"AWS_ENDPOINT_URL: {one_line(error)}") from None
-    if endpoint is not None:
-        # before boto3's own, which is made for AWS's regions and asks without end where none is named
-        client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
-    return client
 
 
 class _Redirected(Exception):
@@ -140,9 +159,10 @@ class S3Storage:
 
     def _once(self, what: str, call: Callable[[Any], Result]) -> Result:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        where = f"the S3 server at {without_password(endpoint)}" if endpoint else "AWS S3"
+        where = _name(endpoint)
         try:
-            return call(_client(os.getpid(), endpoint))
+            client, where = _server(os.getpid(), endpoint)
+            return call(client)
         except ClientError as error:
             raise self._refusal(what, where, error) from None
         except _Redirected as aim:

@@ -86,7 +86,7 @@ def test_what_is_spoilt_twice_comes_whole_at_last(
         # each costs its time, and a server that is slow for another reason is given up as well
         times = 1
         monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
-        s3._client.cache_clear()
+        s3._server.cache_clear()
     for read in reads:
         proxy.counts.clear()
         proxy.faults = only(kind, times)
@@ -105,7 +105,7 @@ def test_what_is_always_spoilt_is_named(
         monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.3)
         monkeypatch.setattr(retries, "BUDGET", Budget(tries=tries))
         # the client that has written them waits longer
-        s3._client.cache_clear()
+        s3._server.cache_clear()
     proxy.faults = only(kind)
     if kind == "flip":
         message = one_line(lambda: fetch_verified(storage, "large", sha256(LARGE)), DataError)
@@ -161,7 +161,7 @@ def test_writes_through_trouble(
     if kind == "stall":
         times = 1
         monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
-        s3._client.cache_clear()
+        s3._server.cache_clear()
     proxy.faults = only(kind, times)
     storage.put("new", SMALL)
     assert proxy.counts[kind] == times

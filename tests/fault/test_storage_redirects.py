@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from pipelines.adapters import s3
+from pipelines.errors import UserError
 from pipelines.storage import ObjectMissing, Storage, StorageError, open_storage
 from tests.support.s3 import HostileS3, use_endpoint
+
+
+@pytest.fixture
+def fresh_client() -> Iterator[None]:
+    """Made anew for a test that leads it elsewhere by a file."""
+    s3._server.cache_clear()
+    yield
+    s3._server.cache_clear()
 
 
 def everything(storage: Storage) -> list[Callable[[], object]]:
@@ -45,6 +56,45 @@ def test_a_redirect_to_another_host_is_refused(
             assert elsewhere.partition("://")[2] in message
     assert other.requests == []
     assert server.requests != []
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_profiles_endpoint_is_one_like_any_other(
+    special: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_client: None
+) -> None:
+    other, server = HostileS3(), HostileS3(lambda method, path, number: "301")
+    server.headers["x-amz-bucket-region"] = "eu-west-1"
+    with other.running() as elsewhere, server.running() as address:
+        server.elsewhere = elsewhere
+        use_endpoint(monkeypatch, address)
+        monkeypatch.delenv("AWS_ENDPOINT_URL")
+        named = (
+            f"services = mine\n[services mine]\ns3 =\n  endpoint_url = {address}"
+            if special
+            else f"endpoint_url = {address}"
+        )
+        (tmp_path / "config").write_text(f"[default]\n{named}\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        for attempt in everything(open_storage("s3://bucket/p")):
+            with pytest.raises(StorageError) as caught:
+                attempt()
+            assert f": the S3 server at {address} redirects to {elsewhere.partition('://')[2]}" in str(
+                caught.value
+            )
+    assert other.requests == []
+    # the bucket in the path, and each once
+    assert [request.split()[1].startswith("/bucket") for request in server.requests] == [True] * 6
+
+
+def test_a_profiles_endpoint_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_client: None
+) -> None:
+    use_endpoint(monkeypatch, "")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    (tmp_path / "config").write_text("[default]\nendpoint_url = ftp://x\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(UserError, match="'ftp://x' is no http:// or https:// address"):
+        open_storage("s3://bucket/p").get("x")
 
 
 def test_a_refusal_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

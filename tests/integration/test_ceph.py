@@ -30,7 +30,7 @@ def storage(
     use_server(monkeypatch, ceph)
     yield open_storage(f"s3://{BUCKET}/{request.node.name}")
     # one that was made with a test's own credentials
-    s3._client.cache_clear()
+    s3._server.cache_clear()
 
 
 def everything(storage: Storage) -> list[Callable[[], object]]:
@@ -61,7 +61,7 @@ def test_wrong_credentials(
     ceph: S3Server, storage: Storage, variable: str, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "wrong-and-secret")
-    s3._client.cache_clear()
+    s3._server.cache_clear()
     for attempt in everything(storage):
         message = one_line(attempt)
         assert message.startswith(storage.uri)
@@ -86,7 +86,7 @@ def other_user(ceph: S3Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
     """From its call on we are a user who owns nothing: nobody, who needs no making."""
 
     def become() -> None:
-        events = s3._client(os.getpid(), ceph.endpoint).meta.events
+        events = s3._server(os.getpid(), ceph.endpoint).client.meta.events
         events.register("choose-signer.s3", lambda **_: UNSIGNED)
 
     return become

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.adapters.s3 import S3Storage, _client
+from pipelines.adapters.s3 import S3Storage, _server
 from pipelines.errors import UserError
 from pipelines.shards import sha256
 from pipelines.storage import FileStorage, ObjectInfo, ObjectMissing, Storage, StorageError, open_storage
@@ -139,7 +139,7 @@ def test_listing_more_than_one_page(s3: Storage, endpoint: str) -> None:
     names = [f"{number:02d}" for number in range(23)]
     for name in names:
         s3.put(name, b"")
-    events = _client(os.getpid(), endpoint).meta.events
+    events = _server(os.getpid(), endpoint).client.meta.events
     pages = []
 
     def small_page(params: dict[str, object], **_: object) -> None:
@@ -454,11 +454,11 @@ def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_profile_that_is_not_there(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "none-such")
-    _client.cache_clear()
+    _server.cache_clear()
     try:
         line = _one_line(lambda: open_storage(f"s3://{BUCKET}").exists("x"))
     finally:
-        _client.cache_clear()
+        _server.cache_clear()
     assert line == f"s3://{BUCKET}/x: AWS_PROFILE: The config profile (none-such) could not be found"
 
 
@@ -467,13 +467,13 @@ def test_an_impossible_bucket_name(endpoint: str) -> None:
 
 
 def test_a_process_has_one_client_for_an_endpoint(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _client(os.getpid(), endpoint) is _client(os.getpid(), endpoint)
+    assert _server(os.getpid(), endpoint) is _server(os.getpid(), endpoint)
     # neither after a fork nor for another server
-    assert _client(os.getpid() + 1, endpoint) is not _client(os.getpid(), endpoint)
+    assert _server(os.getpid() + 1, endpoint) is not _server(os.getpid(), endpoint)
     first = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", first)
-    assert _client(os.getpid(), first) is not _client(os.getpid(), endpoint)
-    assert _client(os.getpid(), first).meta.endpoint_url == first
+    assert _server(os.getpid(), first) is not _server(os.getpid(), endpoint)
+    assert _server(os.getpid(), first).client.meta.endpoint_url == first
 
 
 def test_the_more_special_endpoint_variable_wins(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
