@@ -41,6 +41,8 @@ VERSION = 1
 RECORD_KEY = "dataset.json"
 SHARDS_KEY = "shards.parquet"
 SPLITS = ("train", "test")
+# the field in which a record tells the hash of all others
+_IDENTITY = "identity"
 # Pillow decodes no larger image
 _MAX_PIXELS = 178_956_970
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -108,6 +110,16 @@ def canonical_json(record: Mapping[str, Any]) -> bytes:
     """One spelling for one content: keys sorted, no spaces, UTF-8."""
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
+
+
+def identity_of(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's content, whatever its spelling."""
+    return hashlib.sha256(canonical_json(record)).hexdigest()
+
+
+def with_identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it is stored."""
+    return {**record, _IDENTITY: identity_of(record)}
 
 
 @dataclass(frozen=True)
@@ -217,16 +229,19 @@ class Dataset:
 
 
 class _Split(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     count: NonNegativeInt
+    shards: NonNegativeInt | None = None
 
 
 class _Record(BaseModel):
     """What is read of `dataset.json`: no number for a text, no 8.9 or true for a number."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
+    format: str
+    version: int
     name: str
     shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
     levels: int
@@ -250,7 +265,9 @@ def load_from(storage: Storage) -> Dataset:
         record = json.loads(raw, parse_constant=_refuse_constant)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-        identity = hashlib.sha256(canonical_json(record)).hexdigest()
+        # records of earlier versions tell none
+        told = record.pop(_IDENTITY) if _IDENTITY in record else identity_of(record)
+        identity = identity_of(record)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: is not the record of a data set ({one_line(error, 120)}); {_MADE_AGAIN}"
@@ -259,6 +276,10 @@ def load_from(storage: Storage) -> Dataset:
     if type(version) is not int or version != VERSION:
         raise DataError(
             f"{where}: has format version {_shown(version)}, and this program reads version {VERSION}"
+        )
+    if told != identity:
+        raise DataError(
+            f"{where}: is damaged (its content is not that of its field {_IDENTITY}); {_MADE_AGAIN}"
         )
     try:
         about = _Record.model_validate(record)
@@ -280,9 +301,7 @@ def load_from(storage: Storage) -> Dataset:
         shape=(channels, height, width),
         levels=about.levels,
         classes=tuple(about.classes),
-        splits=_load_shards(
-            storage, about.shards_sha256, {split: found.count for split, found in about.splits.items()}
-        ),
+        splits=_load_shards(storage, about),
         record=record,
     )
 
@@ -298,7 +317,7 @@ def _shown(value: Any) -> str:
         return "what is too long to be shown"
 
 
-def _load_shards(storage: Storage, expected: str, counts: dict[str, int]) -> dict[str, tuple[Shard, ...]]:
+def _load_shards(storage: Storage, record: _Record) -> dict[str, tuple[Shard, ...]]:
     where = f"{storage.uri}/{SHARDS_KEY}"
     try:
         raw = storage.get(SHARDS_KEY)
@@ -306,21 +325,29 @@ def _load_shards(storage: Storage, expected: str, counts: dict[str, int]) -> dic
         raise DataError(
             f"{where}: is missing, though {RECORD_KEY} names it: prepare the data set again"
         ) from None
-    found = sha256(raw)
+    found, expected = sha256(raw), record.shards_sha256
     if found != expected:
         raise DataError(
             f"{where}: has SHA-256 {found[:16]}…, and {RECORD_KEY} names {expected[:16]}…: "
-            "it is damaged or belongs to another data set; delete it, and the same `ddpm prepare` makes it again"
+            "one of the two is damaged or another data set's; restore it, or delete both, and the same "
+            "`ddpm prepare` makes them again"
         )
     try:
         shards = shards_from_parquet(raw)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
-    splits = {split: tuple(shard for shard in shards if shard.split == split) for split in counts}
-    for split, count in counts.items():
-        listed = sum(shard.count for shard in splits[split])
-        if listed != count:
-            raise DataError(
-                f"{where}: lists {listed} {printable(split)} samples, and {RECORD_KEY} says {count}"
-            )
+    splits: dict[str, tuple[Shard, ...]] = {
+        split: tuple(shard for shard in shards if shard.split == split)
+        for split in dict.fromkeys([*record.splits, *(shard.split for shard in shards)])
+    }
+    for split, listed in splits.items():
+        said = record.splits.get(split, _Split(count=0, shards=0))
+        for what, there, named in (
+            ("samples", sum(shard.count for shard in listed), said.count),
+            ("shards", len(listed), said.shards),
+        ):
+            if named is not None and there != named:
+                raise DataError(
+                    f"{where}: lists {there} {printable(split)} {what}, and {RECORD_KEY} says {named}"
+                )
     return splits

@@ -23,6 +23,7 @@ from pipelines.dataset import (
     canonical_json,
     load_from,
     shards_to_parquet,
+    with_identity,
 )
 from pipelines.errors import UserError, printable, without_password
 from pipelines.shards import sha256
@@ -178,7 +179,8 @@ def commit(
         "shards_sha256": sha256(listing),
     }
     # whoever is second made the same record, which `prepare` then reads
-    storage.put_if_absent(RECORD_KEY, json.dumps(record, indent=2, ensure_ascii=False).encode())
+    text = json.dumps(with_identity(record), indent=2, ensure_ascii=False)
+    storage.put_if_absent(RECORD_KEY, text.encode())
 
 
 def _named_listing(storage: Storage) -> str | None:

@@ -10,13 +10,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.columns import Texts
-from pipelines.dataset import FORMAT, RECORD_KEY, SHARDS_KEY, VERSION, Dataset, Shard, shards_to_parquet
+from pipelines.dataset import (
+    FORMAT,
+    RECORD_KEY,
+    SHARDS_KEY,
+    VERSION,
+    Dataset,
+    Shard,
+    shards_to_parquet,
+    with_identity,
+)
 from pipelines.entries import Entries, Entry
 from pipelines.images import encode_png
 from pipelines.shards import PackedShard, Sample, pack, sha256
@@ -80,8 +90,17 @@ def put_dataset(
         "preparation": {},
         "shards_sha256": sha256(listing),
     }
-    storage.put(RECORD_KEY, json.dumps(record).encode())
+    storage.put(RECORD_KEY, json.dumps(with_identity(record)).encode())
     return Dataset.load(str(uri))
+
+
+def edit_record(uri: str | Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the record of a data set; it then tells no identity, as those of earlier versions."""
+    storage = open_storage(str(uri))
+    record = json.loads(storage.get(RECORD_KEY))
+    record.pop("identity", None)
+    change(record)
+    storage.put(RECORD_KEY, json.dumps(record).encode())
 
 
 def dataset_of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from pipelines.dataset import DataError, Dataset, shards_from_parquet, shards_to_parquet
 from pipelines.shards import sha256
 from tests.support.data import dataset_of
+from tests.support.data import edit_record as edit
 
 
 @pytest.fixture
@@ -27,12 +27,6 @@ def refusal(prefix: Path) -> str:
         Dataset.load(str(prefix))
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def edit(prefix: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    record = json.loads((prefix / "dataset.json").read_text())
-    change(record)
-    (prefix / "dataset.json").write_text(json.dumps(record))
 
 
 def test_identity_is_of_the_content_and_not_of_the_place_or_the_spelling(
@@ -190,6 +184,37 @@ def test_the_list_of_shards_must_be_the_one_the_record_names(prefix: Path, tmp_p
 def test_counts_that_disagree_are_refused(prefix: Path) -> None:
     edit(prefix, lambda record: record["splits"]["train"].update(count=8))
     assert "lists 7 train samples, and dataset.json says 8" in refusal(prefix)
+    edit(prefix, lambda record: record["splits"]["train"].update(count=7, shards=3))
+    assert "lists 2 train shards, and dataset.json says 3" in refusal(prefix)
+    edit(prefix, lambda record: record["splits"]["train"].pop("shards"))
+    assert Dataset.load(str(prefix)).count("train") == 7
+    # of which nobody would hear again
+    edit(prefix, lambda record: record["splits"].pop("test"))
+    assert "lists 3 test samples, and dataset.json says 0" in refusal(prefix)
+
+
+def test_a_record_that_tells_its_identity_is_of_it(prefix: Path) -> None:
+    dataset = Dataset.load(str(prefix))
+    stored = json.loads((prefix / "dataset.json").read_text())
+    assert stored == {**dataset.record, "identity": dataset.identity}
+    for change in (
+        lambda record: record.update(classes=["cow", *record["classes"][1:]]),
+        lambda record: record.update(levels=17),
+        lambda record: record.update(identity=None),
+        lambda record: record.update(identity="0" * 64),
+    ):
+        record = json.loads(json.dumps(stored))
+        change(record)
+        (prefix / "dataset.json").write_text(json.dumps(record))
+        assert "dataset.json: is damaged (its content is not that of its field identity)" in refusal(prefix)
+    # as earlier versions wrote it
+    edit(prefix, lambda record: None)
+    assert Dataset.load(str(prefix)).identity == dataset.identity
+
+
+def test_a_field_that_no_record_has_is_refused(prefix: Path) -> None:
+    edit(prefix, lambda record: record.update(identitz="0" * 64))
+    assert "is damaged (field identitz: Extra inputs are not permitted" in refusal(prefix)
 
 
 def test_a_split_that_is_not_there_is_named(prefix: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from pipelines.storage import open_storage
 from pipelines.train import _evaluate, open_run
 from pipelines.training import Learner
 from pipelines.world import SingleWorker
-from tests.support.data import dataset_of, put_dataset, random_images
+from tests.support.data import dataset_of, edit_record, put_dataset, random_images
 from tests.support.runs import Batch, Kept, made_up_batches, tiny_config, together
 
 CPU = torch.device("cpu")
@@ -149,9 +148,8 @@ def test_other_classes_than_the_datas_are_a_mistake(
     num_classes: int, classes: int, message: str, tmp_path: Path
 ) -> None:
     uri = str(tmp_path / "data")
-    dataset, _ = dataset_of(uri, [20])
-    record = dataset.record | {"classes": list(dataset.record["classes"][:classes])}
-    open_storage(uri).put("dataset.json", json.dumps(record).encode())
+    dataset_of(uri, [20])
+    edit_record(uri, lambda record: record.update(classes=record["classes"][:classes]))
     with pytest.raises(UserError) as caught:
         open_run(tiny_config(f"model.num_classes={num_classes}", f"data.uri={uri}"))
     assert str(caught.value) == message.format(uri=uri)

@@ -27,7 +27,7 @@ from pipelines.shards import PackedShard, Sample, pack, parse_index, sha256
 from pipelines.stored_order import read_split
 from pipelines.verified import Verified
 from pipelines.verify_dataset import verify_dataset as verify
-from tests.support.data import dataset_of, image_bytes, packed, put_dataset, random_images
+from tests.support.data import dataset_of, edit_record, image_bytes, packed, put_dataset, random_images
 
 TAR, INDEX = "train/shard-000001.tar", "train/shard-000001.index.parquet"
 
@@ -158,7 +158,7 @@ def test_a_flipped_bit_is_named_whatever_it_is_of(prefix: Path) -> None:
 def test_the_record_of_another_data_set_is_refused(prefix: Path, tmp_path: Path) -> None:
     dataset_of(tmp_path / "other", [6, 5, 4], seed=1)
     shutil.copy(tmp_path / "other/shards.parquet", prefix)
-    with pytest.raises(DataError, match="another data set; delete it, and the same `ddpm prepare` makes it"):
+    with pytest.raises(DataError, match="restore it, or delete both, and the same `ddpm prepare` makes them"):
         verified(prefix)
     shutil.copy(tmp_path / "other/dataset.json", prefix)
     found = lines(prefix)
@@ -317,9 +317,7 @@ def test_tars_that_prepare_did_not_write_are_to_be_restored(prefix: Path, by: st
     if by == "key":
         with_key(prefix, key=f"{prefix.as_uri()}/{shard.key}")
     else:
-        record = json.loads((prefix / "dataset.json").read_text())
-        record["preparation"] = {"source": "index-only"}
-        (prefix / "dataset.json").write_text(json.dumps(record))
+        edit_record(prefix, lambda record: record.update(preparation={"source": "index-only"}))
     assert verified(prefix).advice == ""
     (prefix / shard.key).unlink()
     restore = "restore each tar that is named from where it came (`ddpm prepare` can't make it again)"
@@ -374,8 +372,7 @@ def test_a_bit_flipped_anywhere_in_a_data_set_is_found(template: Path, tmp_path:
         except DataError as error:
             return str(error)
 
-    # a bit of dataset.json is another matter: its hash is the data set's identity, which runs name
-    for path in sorted(path for path in root.rglob("*") if path.is_file() and path.name != "dataset.json"):
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
         whole = path.read_bytes()
         for _ in range(2):
             change(path, flip(int(generator.integers(len(whole))), int(generator.integers(8))))
@@ -384,13 +381,25 @@ def test_a_bit_flipped_anywhere_in_a_data_set_is_found(template: Path, tmp_path:
     assert said() == ""
 
 
+def test_a_bit_flipped_anywhere_in_its_record_is_found(template: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(template, root)
+    record = root / "dataset.json"
+    whole = record.read_bytes()
+    for position in range(len(whole)):
+        change(record, flip(position, position % 8))
+        with pytest.raises(DataError, match=r"dataset\.json: (is|has) "):
+            Dataset.load(str(root))
+        record.write_bytes(whole)
+    assert lines(root) == []
+
+
 def with_key(prefix: Path, **fields: Any) -> Path:
     """The data set with these values in the first shard's row of its list."""
     shards = shards_from_parquet((prefix / "shards.parquet").read_bytes())
     listing = shards_to_parquet([replace(shards[0], **fields), *shards[1:]])
     (prefix / "shards.parquet").write_bytes(listing)
-    record = json.loads((prefix / "dataset.json").read_text())
-    (prefix / "dataset.json").write_text(json.dumps({**record, "shards_sha256": sha256(listing)}))
+    edit_record(prefix, lambda record: record.update(shards_sha256=sha256(listing)))
     return prefix
 
 
