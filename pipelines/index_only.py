@@ -28,7 +28,7 @@ from pipelines.prepare_shards import MAX_NAMED, Bad, BadImages, Workers
 from pipelines.shards import INDEX_ENCODINGS, Columns, Encoding, index_of, sha256
 from pipelines.source_find import Found, find
 from pipelines.source_tar import LABEL_EXTENSION
-from pipelines.sources import fingerprint, state_of, warn_passed_over
+from pipelines.sources import DIGITS, fingerprint, is_array, state_of, warn_passed_over
 from pipelines.storage import Storage, StorageError, open_storage
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ def index_tars(
         check_levels(levels)
     except ValueError as error:
         raise UserError(f"prepare.{error}") from None
+    if source == DIGITS or is_array(source):
+        raise UserError(f"source: {printable(source)}: --index-only is for .tar files")
     found = find(source)
     if found.kind != "tar":
         raise UserError(f"source: {found.where}: --index-only is for .tar files, and this is a {found.kind}")

@@ -89,7 +89,13 @@ class Found:
 
 
 def local_path(source: str) -> Path:
-    """The path of a file or folder on this machine, given as such or as file://."""
+    """The path of a file or folder on this machine, given as such or as file://. Raises `UserError` on another
+    address.
+    """
+    if source.startswith("pipe:"):
+        raise UserError(f"source: {printable(source)}: a pipe: address would run a program, and is not taken")
+    if "://" in source and not source.startswith("file://"):
+        raise UserError(f"source: {printable(source)}: is not taken; give {KINDS}")
     if source.startswith("file://"):
         try:
             parts = urlsplit(source)

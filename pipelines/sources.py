@@ -83,6 +83,10 @@ class Source:
         return image if isinstance(image, bytes) else encode_png(image)
 
 
+def is_array(source: str) -> bool:
+    return source.lower().endswith((".npy", ".npz")) and not source.startswith("s3://")
+
+
 def open_source(
     source: str,
     *,
@@ -107,13 +111,9 @@ def open_source(
     if source == DIGITS:
         _refuse_options("digits", labels=labels, image=image, label=label)
         return _digits()
-    if source.startswith("pipe:"):
-        raise UserError(f"source: {source}: a pipe: address would run a program, and is not taken")
-    if "://" in source and not source.startswith(("s3://", "file://")):
-        raise UserError(f"source: {source}: is not taken; give {KINDS}")
     from pipelines.source_find import find, local_path
 
-    if source.lower().endswith((".npy", ".npz")) and not source.startswith("s3://"):
+    if is_array(source):
         from pipelines.source_numpy import open_arrays
 
         return open_arrays(local_path(source), labels, image, label)

@@ -205,7 +205,10 @@ def test_sources_that_are_no_set_of_tars_are_refused(tmp_path: Path) -> None:
     assert "of shape [1, 8, 8], not [1, 16, 16]" in refusal(tars, tmp_path / "out", image_size=16)
     assert "prepare.levels: must be 2..256, got 1" in refusal(tars, tmp_path / "out", levels=1)
     np.save(tmp_path / "x.npy", IMAGES)
-    assert "--index-only is for .tar files" in refusal(tmp_path / "x.npy", tmp_path / "out")
+    assert refusal(tmp_path / "x.npy", tmp_path / "out").endswith("x.npy: --index-only is for .tar files")
+    assert refusal("digits", tmp_path / "out") == "source: digits: --index-only is for .tar files"
+    assert "would run a program" in refusal("pipe:cat /tmp/x.tar", tmp_path / "out")
+    assert "http://host/{0..3}.tar: is not taken" in refusal("http://host/{0..3}.tar", tmp_path / "out")
     odd = put_tars(tmp_path / "odd")
     (odd / "größe 2.tar").rename(odd / "a\x1b\nb.tar")
     assert "odd/a\\x1b\\nb.tar: its name has control characters" in refusal(odd, tmp_path / "out")
