@@ -15,7 +15,7 @@ SHA-256, its index against its tar, the checksum and label of every sample; of a
 there once.  Of a run every object of every checkpoint: its size and SHA-256, its tensors against the network, and
 that the configuration makes this run.  With --deep every image is decoded, and every weight must be finite.
 Each thing that is wrong is a line on standard output; what killed attempts left is a note.  Where a tar or an index
-is not the one of the record, one of its samples stands for all that are wrong alike.
+is not the one of the record, one of its samples stands for all that are wrong alike; --json names each.
 """
 
 EPILOG = """\

@@ -29,6 +29,7 @@ from pipelines.steps_ahead import StepsAhead
 from pipelines.storage import Storage, StorageError, open_storage
 from pipelines.tracking import History, NoTracker, Row, RunDescription, Tracker, ended, open_tracker
 from pipelines.training import Learner, TrainingError, diverged, is_due
+from pipelines.verified import counted
 from pipelines.world import World, streams_of
 
 log = logging.getLogger(__name__)
@@ -201,12 +202,13 @@ def _loop(
                 tracker.log([row])
                 if world.rank == 0:
                     log.info(
-                        "step %d/%d  loss %.4f  grad norm %.3f  %.0f images/s",
+                        "step %d/%d  loss %.4f  grad norm %.3f  %.0f images/s%s",
                         done,
                         settings.steps,
                         result.loss,
                         result.grad_norm,
                         row.metrics["images_per_s"],
+                        f"  {counted(learner.skipped, 'bad sample')} passed over" if learner.skipped else "",
                     )
             evaluated: dict[str, float] = {}
             if is_due(done, settings.eval_every, settings.steps):

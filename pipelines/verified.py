@@ -12,18 +12,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with an object; `sample` is the key of the one it concerns, or None; `more` is how many other
-    samples of the object it stands for.
+    """What is wrong with an object; `sample` is the key of the one it concerns, or None; `likewise` are the keys of
+    the object's other samples that it stands for.
     """
 
     object: str
     sample: str | None
     reason: str
-    more: int = 0
+    likewise: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         which = "" if self.sample is None else f"sample {self.sample!r}: "
-        rest = f" … and {counted(self.more, 'more sample')} likewise" if self.more else ""
+        rest = f" … and {counted(len(self.likewise), 'more sample')} likewise" if self.likewise else ""
         return f"{self.object}: {which}{self.reason}{rest}"
 
 

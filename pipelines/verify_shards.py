@@ -45,13 +45,15 @@ _PARTICULARS = re.compile(r"""(['"]).*\1|\d+""")
 
 
 def condensed(problems: Iterable[Problem]) -> list[Problem]:
-    """Of the samples of an object that are wrong in one way the first, which says how many more there are."""
-    first: dict[object, Problem] = {}
+    """Of the samples of an object that are wrong in one way the first, which says which others there are."""
+    alike: dict[object, list[Problem]] = {}
     for number, problem in enumerate(problems):
         kind = number if problem.sample is None else (problem.object, _PARTICULARS.sub("", problem.reason))
-        known = first.get(kind)
-        first[kind] = problem if known is None else replace(known, more=known.more + 1)
-    return list(first.values())
+        alike.setdefault(kind, []).append(problem)
+    return [
+        replace(first, likewise=tuple(other.sample or "" for other in others))
+        for first, *others in alike.values()
+    ]
 
 
 def check_samples(

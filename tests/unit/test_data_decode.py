@@ -141,6 +141,18 @@ def test_every_other_image_gets_pillows_pixels_or_its_refusal(kind: str, channel
         assert np.array_equal(found, pillow(BY_PILLOW[kind]))
 
 
+@pytest.mark.parametrize("kind", [*FAST, *BY_PILLOW])
+def test_an_image_of_as_many_pixels_in_another_shape_is_refused(kind: str) -> None:
+    data = (FAST | BY_PILLOW)[kind]
+    for channels in (1, 3):
+        shape = (channels, WIDTH, HEIGHT)
+        reason = outcome(data, shape, fast=True)
+        assert isinstance(reason, str)
+        assert reason == outcome(data, shape, fast=False)
+        out = np.zeros((2, WIDTH, HEIGHT, channels), np.uint8)
+        assert decode_many({1: data}, out) == [(1, reason)]
+
+
 def test_which_of_those_images_are_read_at_all() -> None:
     read = {
         kind

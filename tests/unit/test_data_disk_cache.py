@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -473,30 +474,35 @@ def test_a_stopped_process_is_not_waited_for_without_end(
     assert 3 in place.kept()
 
 
-def test_room_is_made_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep_free", [0.0, 0.85])
+def test_room_is_made_by_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_free: float
+) -> None:
+    """Of the cache's own bound, or of a disk of which 300 bytes are to be taken."""
     place = Place(tmp_path, max_bytes=300)
+    disk(monkeypatch, place, total=2000, others=0)
     making = threading.Lock()
     overlaps = []
-    make_room = DiskCache._make_room
+    evict = DiskCache._evict
 
-    def watched(self: DiskCache, num_bytes: int) -> None:
+    def watched(self: DiskCache, kept: Any, num_bytes: int) -> None:
         if not making.acquire(blocking=False):
             overlaps.append(num_bytes)
             return
         try:
-            make_room(self, num_bytes)
+            evict(self, kept, num_bytes)
             # whoever else wants to make room comes meanwhile
             time.sleep(0.02)
         finally:
             making.release()
 
-    monkeypatch.setattr(DiskCache, "_make_room", watched)
+    monkeypatch.setattr(DiskCache, "_evict", watched)
     start = threading.Barrier(10)
 
     def get(number: int) -> None:
         start.wait()
         # as another process would: with nothing in common but the folder
-        cache = DiskCache(place.given, 300)
+        cache = DiskCache(place.given, MANY if keep_free else 300, keep_free)
         assert cache(place.storage, str(number), place.hashes[number]) == bytes([number]) * 100
 
     threads = [threading.Thread(target=get, args=(number,)) for number in range(10)]

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,21 @@ def test_a_few_samples_of_a_large_shard_cost_a_few_bytes(tmp_path: Path) -> None
     small, storage = watched(dataset_of(tmp_path / "small", [100], (3, 32, 32))[0])
     assert len(list(read_split(small, "train", 10, 11))) == 1
     assert (storage.gets[TAR], storage.ranges) == (1, [])
+
+
+def test_requests_run_side_by_side(tmp_path: Path) -> None:
+    dataset, images = dataset_of(tmp_path, [400], (3, 32, 32))
+    together = threading.Barrier(3)
+
+    def got(key: str, data: bytes, *_: int) -> bytes:
+        together.wait(10)
+        return data
+
+    by_ranges, storage = watched(dataset, on_range=got)
+    reader = ShardReader(by_ranges, "train", ranged_above=0)
+    # far from each other
+    assert np.array_equal(reader.read(0, [0, 200, 399])[0], images[[0, 200, 399]])
+    assert len(storage.ranges) == 3
 
 
 def test_a_sample_that_is_drawn_twice_is_fetched_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from pipelines import reader, shard_reader
 from pipelines.buffers import Buffers
 from pipelines.cache import WeightedLRU
 from pipelines.dataset import DataError, Dataset
+from pipelines.decode import decode_many
 from pipelines.images import encode_png, to_model
 from pipelines.order import Order
-from pipelines.reader import MicroBatch, ShardReader, StreamBatches
+from pipelines.reader import MicroBatch, ShardReader, StreamBatches, fetch_verified
 from pipelines.shards import PackedShard, Sample, pack, parse_index
 from pipelines.stages import LoadedStage
-from pipelines.storage import ObjectMissing, StorageError
+from pipelines.storage import Memory, ObjectMissing, Storage, StorageError, new_memory
 from pipelines.stored_order import read_split
 from tests.support.data import WatchedStorage, dataset_of, image_bytes, packed, put_dataset, random_images
 from tests.support.held import Held
@@ -329,6 +330,39 @@ def test_however_it_is_handed_over_and_by_however_many_threads_the_batch_is_the_
     (both,) = batches(dataset, 1, as_bytes=True, channels_last=True)
     assert both[0].x_start.is_contiguous(memory_format=torch.channels_last)
     assert all(part.weight.tolist() == [1, 1, 1] for part in both)
+
+
+def test_shards_that_are_needed_come_side_by_side(tmp_path: Path) -> None:
+    """Those of the first step of all streams, and those that a stream comes to."""
+    together = threading.Barrier(2)
+
+    def fetch(storage: Storage, key: str, expected_sha256: str, memory: Memory = new_memory) -> memoryview:
+        if key.endswith(".tar"):
+            # breaks for all where one waits in vain
+            together.wait(10)
+        return fetch_verified(storage, key, expected_sha256, memory)
+
+    dataset, images = dataset_of(tmp_path, [4, 4])
+    reader = ShardReader(dataset, "train", fetch=fetch)
+    reader.fetch_ahead([0, 1], 0)
+    assert np.array_equal(reader.read(1, [2])[0], images[[6]])
+    reader.close()
+    (parts,) = batches(dataset, 1, num_streams=2, streams=range(2), fetch=fetch, stop_step=1)
+    assert [len(part.index) for part in parts] == [3, 3]
+
+
+def test_as_many_threads_decode_as_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(3)
+
+    def decode(files: Mapping[int, bytes], out: NDArray[np.uint8]) -> list[tuple[int, str]]:
+        together.wait(10)
+        return decode_many(files, out)
+
+    monkeypatch.setattr(shard_reader, "decode_many", decode)
+    dataset, images = dataset_of(tmp_path, [9])
+    reader = ShardReader(dataset, "train", decode_threads=3)
+    assert np.array_equal(reader.read(0, range(7))[0], images[:7])
+    reader.close()
 
 
 def test_jpegs_are_read_as_pillow_reads_them(tmp_path: Path) -> None:

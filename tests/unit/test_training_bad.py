@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 from contextlib import closing
@@ -199,12 +200,17 @@ def test_a_run_that_did_not_skip_before_goes_on_and_counts_from_there(tmp_path: 
     assert Checkpoints(run.storage).steps() == [2, 4]
 
 
-def test_the_log_counts_what_all_workers_passed_over(tmp_path: Path) -> None:
+def test_the_log_counts_what_all_workers_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pipelines")
     run = run_on(tmp_path, "data.max_bad_share=1", "train.steps=6", "train.log_every=6")
     claim(run)
     together(2, lambda world: train(run, world))
     (row,) = [row for row in History(run.storage).rows() if "loss" in row.metrics]
     assert row.metrics["skipped_samples"] == sum(bad_by_step(run, 6)) > 0
+    (told,) = [line for line in caplog.messages if line.startswith("step 6/6")]
+    assert told.endswith(f" images/s  {sum(bad_by_step(run, 6))} bad samples passed over")
 
 
 # ---- held-out ones

@@ -272,10 +272,10 @@ def test_the_command_names_each_bad_sample_and_exits_with_1(
     assert ddpm_verify(str(prefix), "--json") == 1
     result = json.loads(capsys.readouterr().out)
     assert (result["whole"], result["samples"], len(result["problems"])) == (False, 18, 3)
-    assert [(problem["sample"], problem["more"]) for problem in result["problems"]] == [
-        (None, 0),
-        ("sample-000007", 1),
-        (None, 0),
+    assert [(problem["sample"], problem["likewise"]) for problem in result["problems"]] == [
+        (None, []),
+        ("sample-000007", ["sample-000009"]),
+        (None, []),
     ]
     assert result["advice"] == out.splitlines()[-1].removeprefix("what to do: ")
 
@@ -295,18 +295,20 @@ def test_what_is_wrong_in_each_of_many_samples_is_told_once_a_kind(tmp_path: Pat
     one.write_bytes(second + bytes(512))
     found = verified(tmp_path).problems
     assert len(found) < 5
-    assert {problem.more for problem in found if problem.sample is not None} == {44}
+    assert {len(problem.likewise) for problem in found if problem.sample is not None} == {44}
     one.write_bytes(first)
     index = tmp_path / "train/shard-000000.index.parquet"
     index.write_bytes(rewritten(packed(random_images(45)), lambda c: c["crc32c"].reverse()).index)
-    assert [problem.more for problem in verified(tmp_path).problems if problem.sample is not None] == [43]
+    assert [
+        len(problem.likewise) for problem in verified(tmp_path).problems if problem.sample is not None
+    ] == [43]
 
 
 def test_samples_of_a_tar_that_has_its_hash_are_named_each(tmp_path: Path) -> None:
     shard = rewritten(packed(random_images(4)), lambda c: c["crc32c"].reverse())
     found = verify(put_dataset(tmp_path, {"train": [shard]}, (1, 8, 8)))
-    assert [(problem.sample, problem.more) for problem in found.problems] == [
-        (f"sample-{number:06d}", 0) for number in range(4)
+    assert [(problem.sample, problem.likewise) for problem in found.problems] == [
+        (f"sample-{number:06d}", ()) for number in range(4)
     ]
     assert found.advice.startswith("where only samples are bad, train with data.on_bad_sample=skip")
 
@@ -432,6 +434,12 @@ def test_names_that_turn_the_line_around_are_shown_escaped(prefix: Path) -> None
     with pytest.raises(DataError) as caught:
         ShardReader(Dataset.load(str(changed)), "train").read(0, [0])
     assert str(caught.value).isprintable()
+
+
+def test_an_object_that_is_listed_twice_is_named(prefix: Path) -> None:
+    told = lines(with_key(prefix, key=TAR, index_key=INDEX))
+    assert f"{TAR}: is listed twice in the data set's list of shards" in told
+    assert f"{INDEX}: is listed twice in the data set's list of shards" in told
 
 
 def test_what_is_in_a_data_set_twice_is_named(tmp_path: Path) -> None:
