@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = config.prepare
     if arguments.index_only and arguments.labels is not None:
         raise UserError(f"--labels {arguments.labels}: --index-only takes labels from the tars alone")
+    if arguments.out == "":
+        raise UserError("--out: is empty: give s3://BUCKET/PREFIX or a folder, or leave it out for data.uri")
     out = absolute(arguments.out) if arguments.out else config.data.uri
     with (
         _workers(arguments, config) as workers,

@@ -32,6 +32,7 @@ from pipelines.prepare_shards import (
     make_shard,
 )
 from pipelines.preprocess import Preprocessing
+from pipelines.source_find import local_path
 from pipelines.sources import DIGITS, Source, open_source
 from pipelines.storage import Storage, StorageError, open_storage
 
@@ -81,6 +82,10 @@ def prepare(
     if source != DIGITS and _same_folder(source, out):
         raise UserError(f"out: {printable(out)} is the source itself: choose another --out")
     found = open_source(source, labels=labels, image=image, label=label, workers=workers)
+    if found.kind in ("tar", "parquet") and _lies_in(source, out):
+        raise UserError(
+            f"out: {printable(out)} lies in the source, which would then be another one: choose another --out"
+        )
     preprocessing = _preprocessing(found, image_size, channels, levels, png_encoder, workers)
     options = {
         "source": found.kind,
@@ -114,6 +119,15 @@ def prepare(
 def _same_folder(source: str, out: str) -> bool:
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         return "://" not in source + out and Path(source).expanduser().samefile(Path(out).expanduser())
+    return False
+
+
+def _lies_in(source: str, out: str) -> bool:
+    """Whether what is written to `out` would be found in `source`."""
+    if source.startswith("s3://") or out.startswith("s3://"):
+        return f"{out.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        return local_path(out).resolve().is_relative_to(local_path(source).resolve())
     return False
 
 

@@ -92,6 +92,8 @@ def local_path(source: str) -> Path:
     """The path of a file or folder on this machine, given as such or as file://. Raises `UserError` on another
     address.
     """
+    if not source:
+        raise UserError(f"source: is empty: give {KINDS}")
     if source.startswith("pipe:"):
         raise UserError(f"source: {printable(source)}: a pipe: address would run a program, and is not taken")
     if "://" in source and not source.startswith("file://"):
@@ -137,7 +139,8 @@ def _find_here(path: Path, where: str) -> Found:
         tell_hidden(where, hidden)
         return found
     if not path.is_file():
-        raise UserError(f"source: {where} does not exist: give {KINDS}")
+        pattern = "; of patterns only {000..031} and {a,b} are known" if set("*?[") & set(where) else ""
+        raise UserError(f"source: {where} does not exist: give {KINDS}{pattern}")
     path = path.absolute()
     files = Files.of([_info_of(str(path), path.name)])
     return Found(_kind_of_file(path.name), _Paths(path.parent), files, path.stem, where)

@@ -33,7 +33,7 @@ from pipelines.shards import INDEX_ENCODINGS, Encoding, PackedShard, Sample, pac
 from pipelines.sources import Entry, open_source
 from pipelines.storage import FileStorage, Storage, StorageError, open_storage
 from pipelines.verify_dataset import verify_dataset
-from tests.support.data import WatchedStorage, entries_of, image_bytes, random_images, write_image
+from tests.support.data import WatchedStorage, entries_of, image_bytes, packed, random_images, write_image
 
 
 @pytest.fixture(scope="module")
@@ -654,6 +654,29 @@ def test_a_worker_without_fpng_is_refused(photos: Path, tmp_path: Path, monkeypa
         assert "fpng" not in libraries("pillow")
     finally:
         libraries.cache_clear()
+
+
+def test_nothing_is_prepared_to_where_it_would_be_found_as_a_source(photos: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "in"
+    tars.mkdir()
+    (tars / "a.tar").write_bytes(packed(random_images(9)).tar)
+    for source, out in (
+        (tars, tars / "deeper/out"),
+        (tars.as_uri(), tars / "out"),
+        (tars, (tars / "out").as_uri()),
+        (tars, tars / "../in/out"),
+    ):
+        line = refusal(str(source), str(out))
+        assert line == f"out: {out} lies in the source, which would then be another one: choose another --out"
+    assert [path.name for path in tars.iterdir()] == ["a.tar"]
+    # beside it, and beside images, which it holds none of
+    prepare(str(tars), str(tmp_path / "in-out"), test_fraction=0.3)
+    first = prepare(str(photos), f"{photos}/out")
+    assert prepare(str(photos), f"{photos}/out") == first
+
+
+def test_an_empty_source_is_not_the_working_directory(tmp_path: Path) -> None:
+    assert refusal("", str(tmp_path / "out")).startswith("source: is empty: give a folder of images")
 
 
 def test_a_folder_is_not_prepared_into_itself(photos: Path) -> None:

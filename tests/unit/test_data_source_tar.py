@@ -286,6 +286,7 @@ def test_a_bad_sample_of_a_tar_is_named_and_nothing_stays(
         ("x-{0..99999999}.tar", "more than"),
         ("x-{0..3}.tar", "x-0.tar does not exist"),
         ("x.tar", "does not exist"),
+        ("x-*.tar", "; of patterns only {000..031} and {a,b} are known"),
     ],
 )
 def test_an_address_that_is_not_taken_costs_a_line(
