@@ -8,10 +8,13 @@ import logging
 import os
 import signal
 import sys
-from types import ModuleType
+import threading
+from types import FrameType, ModuleType
 
 from pipelines.errors import UserError
 from pipelines.logs import StderrHandler
+
+_LATER_S = 0.05
 
 COMMANDS = {
     "up": "start the local stack: a Ray head, an S3 server, an MLflow server",
@@ -102,6 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     rest = argv[1:]
     # what ends a job politely ends it like Ctrl-C: with its clean-up
     signal.signal(signal.SIGTERM, _interrupt)
+    # not where a shell has it ignored, for what runs in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     configure_logging()
     try:
         command = arguments.command
@@ -121,8 +127,20 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    if _is_importing(frame):
+        # Torch swallows what is raised while it imports NumPy, and leaves that half imported: then once more, later
+        again = threading.Timer(_LATER_S, os.kill, (os.getpid(), signum))
+        again.daemon = True
+        again.start()
+    else:
+        raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def configure_logging() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import pickle
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ FOREIGN = ("AWS_", "RAY_", "MLFLOW_", "DDPM_", "DO_NOT_TRACK", "NO_PROXY", "no_p
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No stack, no server in the environment; and after the test, signals, logging and environment as before."""
-    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    environment = dict(os.environ)
+    handled = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     loggers = [logging.getLogger(name) for name in ("pipelines", "jobs", "infra", "")]
     before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
@@ -48,7 +51,8 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     yield
     os.environ.clear()
     os.environ.update(environment)
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handled.items():
+        signal.signal(number, handler)
     for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
         one.handlers[:], one.propagate = handlers, propagate
         one.setLevel(level)
@@ -602,6 +606,38 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     run_with(monkeypatch, bug)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits_for_the_end_of_an_import(
+    number: int, monkeypatch: pytest.MonkeyPatch, ddpm: Outcome, tmp_path: Path
+) -> None:
+    """Torch swallows it while it imports NumPy, of which a half is then missing."""
+    (tmp_path / "a_module_that_swallows.py").write_text(
+        f"import os, time\ntry:\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(0.2)\n    whole = True\n"
+        "except BaseException:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "a_module_that_swallows", raising=False)
+    modules = []
+
+    def run(arguments: argparse.Namespace) -> int:
+        modules.append(importlib.import_module("a_module_that_swallows"))
+        time.sleep(20)
+        return 0
+
+    monkeypatch.setattr("jobs.train.run", run)
+    code, out, err = ddpm("train", "--config", "digits.yaml")
+    assert (code, out) == (130, "")
+    assert err == "ddpm train: interrupted; the same command goes on from here\n"
+    assert modules[0].whole
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch, ddpm: Outcome) -> None:
+    """As a shell without job control has it for what runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr("jobs.train.run", lambda arguments: signal.raise_signal(signal.SIGINT))
+    assert ddpm("train", "--config", "digits.yaml")[0] == 0
 
 
 def test_a_polite_signal_is_an_interruption(monkeypatch: pytest.MonkeyPatch, ddpm: Outcome) -> None:
