@@ -137,7 +137,7 @@ def parse_config(
     file's `schedule.beta_end` is passed over where `--set` makes the schedule another kind.
     """
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -176,14 +176,30 @@ def parse_config(
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Of a key that is there twice YAML's own takes the last, and drops a section with it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override}: must be section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        twice = error.problem if isinstance(error, yaml.constructor.ConstructorError) else None
+        raise UserError(f"--set {override}: {twice or 'the value is not valid YAML'}") from None
     *sections, key = path.split(".")
     for section in sections:
         inner = values.setdefault(section, {})

@@ -257,7 +257,8 @@ class Stages:
         try:
             given = stage.call(counted())
             if not isinstance(given, Iterable):
-                hint = "; what makes a stage has args, {} at least" if callable(given) else ""
+                name = stage.label.rpartition(": ")[2]
+                hint = f"; if it makes a stage, write {{name: {name}, args: {{}}}}" if callable(given) else ""
                 raise batch.error or _error(
                     stage, batch, 0, f"returns {type(given).__name__}, not its samples{hint}"
                 )

@@ -32,7 +32,7 @@ def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
     # of a choice of sections its tag stands behind the field, which nobody wrote there
     tags = _choices(model, location[:1])
     tag = location[1] if len(location) > 1 and location[1] in tags else None
-    field = ".".join(str(part) for part in (location if tag is None else (location[0], *location[2:])))
+    field = _path(location if tag is None else (location[0], *location[2:]))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         message = f"no such setting{_suggestion(location, model)}"
@@ -47,6 +47,10 @@ def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
             message = f"must hold settings, got {_written(given)}"
     elif problem["type"] in ("model_type", "dataclass_type"):
         message = f"must hold settings, got {_written(problem['input'])}"
+    elif problem["type"] in ("tuple_type", "list_type"):
+        given = problem["input"]
+        example = f", such as [{given}]" if isinstance(given, str) else ""
+        message = f"must be a list{example}, got {_written(given)}"
     elif problem["type"] == "value_error":
         # a check over several fields names its field itself
         field = (
@@ -56,6 +60,12 @@ def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
     else:
         message = f"{message[0].lower()}{message[1:]}, got {_written(problem['input'])}"
     return f"{field}: {message}"
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """As it is written: data.stages[0].name"""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).removeprefix(".")
 
 
 def _written(value: Any) -> str:

@@ -186,7 +186,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         ("model.base_channels=7", "my.yaml: model.base_channels: must be even and at least 4, got 7"),
         (
             "model.channel_mults=[1,a]",
-            "my.yaml: model.channel_mults.1: input should be a valid integer, unable to parse string as an "
+            "my.yaml: model.channel_mults[1]: input should be a valid integer, unable to parse string as an "
             "integer, got 'a'",
         ),
         (
@@ -228,6 +228,18 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         ("train.steps=", "my.yaml: train.steps: input should be a valid integer, got nothing"),
         ("name=true", "my.yaml: name: input should be a valid string, got true"),
         ("data.reader=", "my.yaml: data.reader: input should be 'thread' or 'process', got nothing"),
+        (
+            "data.stages=augment.shift",
+            "my.yaml: data.stages: must be a list, such as [augment.shift], got 'augment.shift'",
+        ),
+        (
+            "data.stages=[{name: a.b, arg: 3}]",
+            "my.yaml: data.stages[0].arg: no such setting; did you mean 'args'?",
+        ),
+        (
+            "data.stages=[{name: a.b, name: c.d}]",
+            "--set data.stages=[{name: a.b, name: c.d}]: name is there twice",
+        ),
         ("data=", "my.yaml: data: must hold settings, got nothing"),
         ("schedule=3", "my.yaml: schedule: must hold settings, got 3"),
         ("train.steps", "--set train.steps: must be section.key=value"),
@@ -251,6 +263,9 @@ def test_a_mistake_is_one_line_that_names_the_field(override: str, message: str)
             "name: a\ndata: [",
             "my.yaml line 2: not valid YAML: expected the node content, but found '<stream end>'",
         ),
+        # the first section would go unread
+        (f"{TINY}train:\n  steps: 3\n", "my.yaml line 19: not valid YAML: train is there twice"),
+        ("name: a\nseed: 1\nseed: 1\n", "my.yaml line 3: not valid YAML: seed is there twice"),
     ],
 )
 def test_a_file_that_is_no_configuration(text: str, message: str) -> None:

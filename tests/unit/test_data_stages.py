@@ -316,7 +316,11 @@ def apply(*stages: Callable[[Iterable[Sample]], Iterable[Sample]], seed: int = 1
         (leave, "sample 'a': raises SystemExit: 3"),
         (interrupt, "sample 'a': raises KeyboardInterrupt"),
         (nothing, "sample 'a': returns NoneType, not its samples$"),
-        (factory, "sample 'a': returns function, not its samples; what makes a stage has args, {} at least$"),
+        (
+            factory,
+            "sample 'a': returns function, not its samples; "
+            "if it makes a stage, write {name: my.factory, args: {}}$",
+        ),
         (lambda samples: iter(()), "sample 'a': drops it"),
     ],
 )
@@ -379,10 +383,13 @@ def test_an_error_ends_the_stream_also_where_bad_samples_are_skipped(tmp_path: P
     [
         ("[augment]", r"data\.stages\[0\]: must be the dotted name of a callable.*got 'augment'"),
         ("[a.b, 'a-b.c']", r"data\.stages\[1\]: must be the dotted name of a callable.*got 'a-b\.c'"),
-        ("[{name: a.b, args: {x: .nan}}]", r"data\.stages\.0\.args\.x.*finite number, got nan"),
-        ("[{name: a.b, arg: {}}]", r"data\.stages\.0\.arg: no such setting; did you mean 'args'\?$"),
-        ("[{name: a.b, strength: 1}]", r"data\.stages\.0\.strength: no such setting; there are name, args$"),
-        ("[3]", r"data\.stages\.0: "),
+        ("[{name: a.b, args: {x: .nan}}]", r"data\.stages\[0\]\.args\.x.*finite number, got nan"),
+        ("[{name: a.b, arg: {}}]", r"data\.stages\[0\]\.arg: no such setting; did you mean 'args'\?$"),
+        (
+            "[{name: a.b, strength: 1}]",
+            r"data\.stages\[0\]\.strength: no such setting; there are name, args$",
+        ),
+        ("[3]", r"data\.stages\[0\]: "),
     ],
 )
 def test_a_wrong_entry_costs_a_line(stages: str, line: str) -> None:
