@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    model_validator,
-)
+from pydantic import field_validator, model_validator
 
 from ddpm_core.objectives import ObjectiveConfig
 from ddpm_core.samplers import SamplerConfig
@@ -37,7 +35,7 @@ from pipelines.config_sections import (
     TuneConfig,
     WorkersConfig,
 )
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError, one_line, without_password
 from pipelines.telling import validated
 from pipelines.unused_settings import left_over, unused_settings
 
@@ -65,6 +63,13 @@ class Config(Section):
     storage: str = "results"
     """Where runs/ and samples/ are written: s3://BUCKET/PREFIX, file:///FOLDER or a folder."""
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("storage")
+    @classmethod
+    def _can_be_written_to(cls, value: str) -> str:
+        if value.lower().startswith(("http://", "https://")):
+            raise ValueError(f"must be s3://BUCKET/PREFIX or a folder, got {without_password(value)!r}")
+        return value
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:

@@ -161,7 +161,7 @@ def _assign(found: Found, scanned: list[Scanned], options: Mapping[str, Any]) ->
     passed_over = Passed()
     for tar in scanned:
         passed_over.add(tar.passed_over.count, tar.passed_over.first)
-    warn_passed_over(found.where, passed_over, "members that are no sample's")
+    warn_passed_over(found.where, passed_over, "member", "of no sample")
     scanned = [tar for tar in scanned if len(tar.labels)]
     for one, two in same_content((tar.key, tar.sha256) for tar in scanned):
         raise UserError(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipelines.columns import Coded, Integers, Keys, narrow
 from pipelines.errors import UserError, one_line, printable
+from pipelines.verified import counted
 
 Label = str | int | None
 
@@ -89,7 +90,7 @@ def number_labels(
     if absent:
         first = name_of(_first(labels, lambda label: label in _ABSENT))
         raise UserError(
-            f"source: {where}: {absent} of {total} images such as {first} have no label: give all of them one, "
+            f"source: {where}: {absent} of {total} images have no label, such as {first}: give all of them one, "
             "or none"
         )
     texts = {str(label) for column in labels for label in column.values}
@@ -199,19 +200,24 @@ def labels_of(where: str, images: Keys, table: str | None) -> tuple[tuple[str, .
             raise UserError(
                 f"--labels {table}: {len(absent)} of its rows name no image of {where}, such as {absent[0]}"
             )
-        return number_labels(
+        classes, numbers = number_labels(
             where, [Coded.of(known[image] for image in images)], name_of=lambda n: printable(images[n])
         )
+        if not classes:
+            raise UserError(
+                f"--labels {table}: gives no image a label: fill in its column label, or leave it out"
+            )
+        return classes, numbers
     tops = Coded.of(image.partition("/")[0] if "/" in image else "" for image in images)
     if "" in tops.values and len(tops.values) > 1:
         loose = tops.codes == tops.values.index("")
+        number, first = counted(int(loose.sum()), "image"), printable(images[int(np.argmax(loose))])
         raise UserError(
-            f"source: {where}: {np.count_nonzero(loose)} images such as {printable(images[int(np.argmax(loose))])} "
-            "lie beside the class folders and would have no label: move them into a folder, or put all images into "
-            "one"
+            f"source: {where}: {number} beside the class folders would have no label, such as {first}: move them "
+            "into a folder, or put all images into one"
         )
     # not by number_labels: a folder's name is a name, also where it looks like a number
-    classes = sorted(name for name in tops.values if name)
-    numbers = {name: number for number, name in enumerate(classes)}
-    of_value = narrow([numbers.get(name, -1) for name in tops.values])
-    return tuple(printable(name) for name in classes), of_value[tops.codes]
+    names = sorted(name for name in tops.values if name)
+    number_of = {name: number for number, name in enumerate(names)}
+    of_value = narrow([number_of.get(name, -1) for name in tops.values])
+    return tuple(printable(name) for name in names), of_value[tops.codes]

@@ -86,9 +86,8 @@ def claim(
         taken = claim if storage.put_if_absent(CLAIM_KEY, claim) else storage.get(CLAIM_KEY)
     try:
         claimed = dict(json.loads(taken))
-        _check_same(
-            storage, {name: claimed[name] for name in claimed if name not in (_STATE, _LIBRARIES)}, options
-        )
+        known = {name: claimed[name] for name in claimed if name not in (_STATE, _LIBRARIES)}
+        _check_same(storage, known, options, begun=not storage.exists(RECORD_KEY))
         _check_state(storage, claimed, state, "delete all that lies there, to begin anew")
         theirs = claimed.get(_LIBRARIES) or libraries  # claims of earlier versions name none
         if libraries and theirs != libraries and not storage.exists(RECORD_KEY):
@@ -105,7 +104,9 @@ def claim(
         ) from None
 
 
-def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _check_same(
+    storage: Storage, there: Mapping[str, Any], asked: Mapping[str, Any], *, begun: bool = False
+) -> None:
     names = sorted({*there, *asked})
     differing = [name for name in names if there.get(name) != asked.get(name)]
     if differing:
@@ -115,6 +116,11 @@ def _check_same(storage: Storage, there: Mapping[str, Any], asked: Mapping[str, 
         )
         if len(differing) > _NAMED:
             what += f" and {len(differing) - _NAMED} more"
+        if begun:
+            raise UserError(
+                f"{storage.uri}: was begun otherwise: {what}; go on the same way, choose another --out, or, if "
+                "nobody works on it, delete all that lies there"
+            )
         raise UserError(
             f"{storage.uri}: holds a data set that was prepared otherwise: {what}; "
             "prepare it the same way, or choose another --out"

@@ -141,7 +141,7 @@ def _further(where: str, images: Texts, others: Iterable[str]) -> Coded[Members]
             yield tuple((extension, _ending(image, name)) for extension, name in found.items())
 
     made = Coded.of(members())
-    warn_passed_over(where, passed_over, "files that are not named like images")
+    warn_passed_over(where, passed_over, "file", "not named like an image")
     return made
 
 

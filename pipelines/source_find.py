@@ -279,7 +279,7 @@ def _of_kind(storage: Storage, infos: Iterable[ObjectInfo], name: str, where: st
                 for key in files.keys:
                     if not key.lower().endswith(suffix):
                         rest.append(key)
-                warn_passed_over(where, rest, f"files that are not named like {suffix} files")
+                warn_passed_over(where, rest, "file", f"not named like a {suffix} file")
                 return Found(kind, storage, chosen, name, where)
     return Found("folder", storage, files, name, where)
 

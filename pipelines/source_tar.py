@@ -220,7 +220,7 @@ def open_tars(found: Found, image: str | None, label: str | None, workers: Worke
                 tars.append(_Tar(storage.uri, tar.without(label or LABEL_EXTENSION)))
 
     digest = fingerprint(lines())
-    warn_passed_over(where, passed_over, "members that are no sample's")
+    warn_passed_over(where, passed_over, "member", "of no sample")
     entries = Entries(tars)
     classes, numbers = number_labels(where, labels, name_of=lambda row: entries[row].name)
     return Source(

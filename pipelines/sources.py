@@ -18,6 +18,7 @@ from pipelines.columns import Numbered, Passed, narrow
 from pipelines.entries import Entries, Entry
 from pipelines.errors import UserError, printable
 from pipelines.images import encode_png
+from pipelines.verified import counted
 
 if TYPE_CHECKING:
     from pipelines.prepare_shards import Workers
@@ -203,11 +204,10 @@ def state_of(versions: Mapping[str, str]) -> str:
     return fingerprint(f"{name!r} {versions[name]}" for name in sorted(versions))
 
 
-def warn_passed_over(where: str, passed: Passed, what: str) -> None:
+def warn_passed_over(where: str, passed: Passed, noun: str, what: str) -> None:
     if passed.count:
-        logger.warning(
-            "%s: passed over %d %s, such as %s", where, passed.count, what, printable(passed.first)
-        )
+        number, first = counted(passed.count, noun), printable(passed.first)
+        logger.warning("%s: passed over %s %s, such as %s", where, number, what, first)
 
 
 def tell_hidden(where: str, hidden: Passed) -> None:

@@ -75,6 +75,8 @@ class _Server(NamedTuple):
 @functools.cache
 def _server(pid: int, endpoint: str | None) -> _Server:
     """One client a process (a new one costs 0.1 s), never carried over a fork. `endpoint`: the environment's."""
+    if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
+        raise UserError(f"AWS_CA_BUNDLE: {bundle}: no such file")
     if endpoint is None:
         found = _made(path_style=False, ignore_configured_endpoint_urls=False).meta.endpoint_url
         if found != _made(path_style=False, ignore_configured_endpoint_urls=True).meta.endpoint_url:

@@ -142,7 +142,7 @@ def slow_numbers(
         return (), [-1] * len(known)
     if absent:
         raise UserError(
-            f"source: x: {absent} of {len(known)} images such as {known.index(None)} have no label: give all of "
+            f"source: x: {absent} of {len(known)} images have no label, such as {known.index(None)}: give all of "
             "them one, or none"
         )
     texts = [str(value) for value in known]

@@ -240,6 +240,10 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
             "data.stages=[{name: a.b, name: c.d}]",
             "--set data.stages=[{name: a.b, name: c.d}]: name is there twice",
         ),
+        (
+            "storage=https://me:secret@host/x",
+            "my.yaml: storage: must be s3://BUCKET/PREFIX or a folder, got 'https://host/x'",
+        ),
         ("data=", "my.yaml: data: must hold settings, got nothing"),
         ("schedule=3", "my.yaml: schedule: must hold settings, got 3"),
         ("train.steps", "--set train.steps: must be section.key=value"),

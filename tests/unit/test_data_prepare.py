@@ -233,7 +233,10 @@ def test_a_second_call_with_other_options_names_them_and_changes_nothing(
     if killed:
         (out / "dataset.json").unlink()
     before = files(out)
-    assert named in refusal(**{"source": str(photos), "out": str(out)} | options)
+    line = refusal(**{"source": str(photos), "out": str(out)} | options)
+    assert named in line
+    assert killed == ("was begun otherwise: " in line)
+    assert killed == line.endswith("or, if nobody works on it, delete all that lies there")
     assert files(out) == before
 
 

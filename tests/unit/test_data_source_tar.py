@@ -222,7 +222,7 @@ def test_samples_that_end_early_are_refused_where_others_lose_them(tmp_path: Pat
             {},
             "sample '0' do not stand together: to WebDataset",
         ),
-        ({"0.png": b"x", "0.cls": b"1", "1.png": b"x"}, {}, "1 of 2 images such as"),
+        ({"0.png": b"x", "0.cls": b"1", "1.png": b"x"}, {}, "1 of 2 images have no label, such as"),
         ({"0.png": b"x", "0.cls": b"-2", "1.png": b"x", "1.cls": b"1"}, {}, ""),
         ({"0.png": b"x", "0.cls": b"\xff"}, {}, "label that is no text"),
         ({"0.png": b"x", "0.cls": b"99999999"}, {}, "has the label 99999999"),

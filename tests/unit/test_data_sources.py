@@ -101,7 +101,7 @@ def test_other_files_are_passed_over_and_counted_and_hidden_ones_are_no_warning(
     (tmp_path / "notes.txt").write_text("x")
     with caplog.at_level(logging.WARNING):
         assert len(open_source(str(tmp_path)).entries) == 1
-    assert "passed over 1 files" in caplog.text
+    assert "passed over 1 file not named like an image, such as notes.txt" in caplog.text
     assert "notes.txt" in caplog.text
 
 

@@ -462,6 +462,16 @@ def test_a_profile_that_is_not_there(endpoint: str, monkeypatch: pytest.MonkeyPa
     assert line == f"s3://{BUCKET}/x: AWS_PROFILE: The config profile (none-such) could not be found"
 
 
+def test_certificates_that_are_not_there(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/bundle.pem")
+    _server.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"^AWS_CA_BUNDLE: /no/such/bundle\.pem: no such file$"):
+            open_storage(f"s3://{BUCKET}").exists("x")
+    finally:
+        _server.cache_clear()
+
+
 def test_an_impossible_bucket_name(endpoint: str) -> None:
     assert "s3://Not_A_Bucket!" in _one_line(lambda: open_storage("s3://Not_A_Bucket!/p").put("x", b""))
 
