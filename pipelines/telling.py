@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args
@@ -11,6 +12,8 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipelines.errors import UserError
+
+_FIELD_FIRST = re.compile(r"([\w.\[\]]+): ")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -53,10 +56,8 @@ def _told(problem: ErrorDetails, model: type[BaseModel]) -> str:
         message = f"must be a list{example}, got {_written(given)}"
     elif problem["type"] == "value_error":
         # a check over several fields names its field itself
-        field = (
-            f"{field}.{message.split(':')[0]}" if field and ":" in message else field or message.split(":")[0]
-        )
-        message = message.partition(": ")[2] or message
+        if named := _FIELD_FIRST.match(message):
+            field, message = f"{field}.{named[1]}".removeprefix("."), message[named.end() :]
     else:
         message = f"{message[0].lower()}{message[1:]}, got {_written(problem['input'])}"
     return f"{field}: {message}"
