@@ -142,7 +142,7 @@ def parse_config(
     file's `schedule.beta_end` is passed over where `--set` makes the schedule another kind.
     """
     try:
-        values = yaml.load(text, _Loader)
+        values = _from_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -196,12 +196,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _from_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override}: must be section.key=value")
     try:
-        value = yaml.load(text, _Loader)
+        value = _from_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         twice = error.problem if isinstance(error, yaml.constructor.ConstructorError) else None
         raise UserError(f"--set {override}: {twice or 'the value is not valid YAML'}") from None

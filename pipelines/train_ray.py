@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ray
@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipelines.config import parse_config
+from pipelines.config_sections import WorkersConfig
 from pipelines.dataset import DataError
 from pipelines.errors import UserError, one_line
 from pipelines.logs import configure_worker_logging
@@ -170,6 +171,9 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
+        if lacking := lacks(workers, ray.cluster_resources()):
+            # Ray waits for it without end; an autoscaler may bring it
+            log.warning("no place yet for %s", lacking)
         try:
             with _interruptible():
                 result = trainer.fit()
@@ -182,6 +186,17 @@ def fit(run: Run, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = 
         raise DataError(why)
     if result.return_value:
         raise TrainingError(str(result.return_value))
+
+
+def lacks(workers: WorkersConfig, there: Mapping[str, float]) -> str | None:
+    """What of a job's workers a cluster with these resources has no room for, even when nothing else runs there."""
+    for name, setting, each in (("CPU", "cpus", workers.cpus), ("GPU", "gpus", workers.gpus)):
+        if workers.num * each > there.get(name, 0):
+            return (
+                f"workers.num {workers.num} of workers.{setting} {each:g}; the cluster has {there.get(name, 0):g} "
+                f"{name}s in all"
+            )
+    return None
 
 
 @contextlib.contextmanager
