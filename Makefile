@@ -14,7 +14,7 @@ help:
 	@echo "make bench     speed, as ratios to a named peer or limit"
 	@echo "make bench-core  ddpm_core against diffusers: training steps, sampling, share of the peak"
 	@echo "make bench-data  reading images against webdataset, Ray Data and decoding alone, from disk and S3"
-	@echo "make bench-write  writing images into shards against webdataset's ShardWriter"
+	@echo "make bench-write  writing images into shards against webdataset's ShardWriter; prepare by 1 and 2 workers"
 	@echo "make test-s3   the S3 tests against Ceph's gateway (radosgw ceph-mon ceph-osd ceph-mgr)"
 	@echo "make test-k8s  the manifests against KubeRay's CRDs (kubectl; KUBERAY_CRDS=FOLDER)"
 	@echo "make test-gpu  what must hold on a GPU as on a CPU (a GPU that torch can use)"
@@ -56,6 +56,7 @@ bench-data: install
 
 bench-write: install
 	@$(BIN)/python -m tests.bench.bench_write
+	@$(BIN)/python -m tests.bench.bench_write --prepare
 
 test-k8s: install
 	@$(BIN)/python -m pytest -m k8s

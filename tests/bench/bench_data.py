@@ -99,9 +99,7 @@ def compare_kinds(folder: str, s3: str, rounds: int, *, with_ray: bool) -> None:
                 "disk": put(f"file://{folder}/{side}", files, count, per_shard, side),
                 "S3": put(f"s3://{BUCKET}/{side}", files, count, per_shard, side),
             }
-            compare(kind, files, count, sets, rounds)
-            if with_ray:
-                ray_data(count, sets["disk"])
+            compare(kind, files, count, sets, rounds, with_ray=with_ray)
 
 
 def make_files(side: int) -> list[bytes]:
@@ -133,7 +131,9 @@ def put(uri: str, files: list[bytes], count: int, per_shard: int, side: int) -> 
     return put_dataset(uri, {"train": list(shards)}, (3, side, side))
 
 
-def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset], rounds: int) -> None:
+def compare(
+    kind: str, files: list[bytes], count: int, sets: dict[str, Dataset], rounds: int, *, with_ray: bool
+) -> None:
     side = KINDS[kind][0]
     # the bytes of each sample in a place of their own, as a loader finds them: not those still in the CPU's cache
     apart = [bytes(bytearray(files[number % len(files)])) for number in range(count)]
@@ -160,9 +160,12 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
             ways[f"mosaicml-streaming, {place}"] = lambda copy=copy: peer_streaming.batches(  # type: ignore[misc]
                 streaming, copy, BATCH
             )
+    else:
+        print("\nmosaicml-streaming is not here: tests/bench/peer_streaming.py says how it takes part")
     _check_pixels(ways["ours, disk"](), files)
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     clock: dict[str, list[float]] = {name: [] for name in ways}
+    by_ray: dict[str, list[float]] = {place: [] for place in sets if with_ray}
     for turn in range(rounds + 1):
         for name, way in ways.items():
             began, spent = time.perf_counter(), _spent_s()
@@ -171,6 +174,9 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
             if turn:  # the first one warms up
                 cpu[name].append((_spent_s() - spent) / count)
                 clock[name].append((time.perf_counter() - began) / count)
+        if turn and with_ray:
+            for place, seconds in ray_data(count, sets).items():
+                by_ray[place].append(seconds)
     print(
         f"\n{kind}, {len(files[0]):,} bytes, {count:,} samples, {rounds} turns, webdataset {wds.__version__}"
     )
@@ -178,6 +184,9 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
     for name in ways:
         a, b = (1 / statistics.median(times[name]) for times in (cpu, clock))
         print(f"  {name:24}{a:18,.0f}{b:25,.0f}")
+
+    for place, times in by_ray.items():
+        print(f"  {f'Ray Data, {place}, one core':24}{'':18}{1 / statistics.median(times):25,.0f}")
 
     def ratio(one: str, two: str) -> str:
         pairs = [
@@ -189,6 +198,9 @@ def compare(kind: str, files: list[bytes], count: int, sets: dict[str, Dataset],
     for peer, places in peers.items():
         for place in places:
             print(f"  ours against {peer}, {place}: {ratio(f'{peer}, {place}', f'ours, {place}')}")
+    for place, times in by_ray.items():
+        faster = statistics.median(a / b for a, b in zip(times, clock[f"ours, {place}"], strict=True))
+        print(f"  ours against Ray Data, {place}: {faster:.2f} by the clock")
     for place in sets:
         for floor in ("decode alone", f"{LIBRARY[side]} alone"):
             print(f"  time against {floor}, {place}: {ratio(f'ours, {place}', floor)}")
@@ -278,26 +290,30 @@ def _check_pixels(batches: Images, files: list[bytes]) -> None:
         assert all(row.tobytes() in expected for row in rows), "pixels that are not Pillow's"
 
 
-def ray_data(count: int, dataset: Dataset) -> None:
+def ray_data(count: int, sets: dict[str, Dataset]) -> dict[str, float]:
+    """Seconds a sample by the clock, from each place, on a cluster of one core that is there for this alone."""
     import ray
 
-    paths = [f"{dataset.uri}/{shard.key}".removeprefix("file://") for shard in dataset.shards("train")]
+    def read(tars: list[str]) -> int:
+        batches = ray.data.read_webdataset(tars).iter_batches(batch_size=BATCH)
+        return sum(len(rows["__key__"]) for rows in batches)
+
+    found = {}
     with contextlib.redirect_stderr(io.StringIO()):
         ray.init(address="local", num_cpus=1, log_to_driver=False, include_dashboard=False)
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
-            times = []
-            for _ in range(2):
+            for place, dataset in sets.items():
+                uris = (f"{dataset.uri}/{shard.key}" for shard in dataset.shards("train"))
+                tars = [uri.removeprefix("file://") for uri in uris]
+                # its processes start with the first
+                read(tars[:1])
                 began = time.perf_counter()
-                read = sum(
-                    len(rows["__key__"])
-                    for rows in ray.data.read_webdataset(paths).iter_batches(batch_size=BATCH)
-                )
-                times.append((time.perf_counter() - began) / read)
-                assert read == count
+                assert read(tars) == count
+                found[place] = (time.perf_counter() - began) / count
         finally:
             ray.shutdown()
-    print(f"  Ray Data {ray.__version__}, disk, one core: {1 / min(times):,.0f} samples/s by the clock")
+    return found
 
 
 def show_memory(dataset: Dataset) -> None:
