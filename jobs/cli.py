@@ -6,15 +6,12 @@ import argparse
 import importlib
 import logging
 import os
-import signal
 import sys
-import threading
-from types import FrameType, ModuleType
+from types import ModuleType
 
+from jobs.interruptions import Interruptions
 from pipelines.errors import UserError
 from pipelines.logs import StderrHandler
-
-_LATER_S = 0.05
 
 COMMANDS = {
     "up": "start the local stack: a Ray head, an S3 server, an MLflow server",
@@ -103,17 +100,14 @@ def main(argv: list[str] | None = None) -> int:
     # the top-level parser knows names and summaries only, so that help and mistakes cost no heavy import
     arguments, rest = parser().parse_known_args(argv[:1])
     rest = argv[1:]
-    # what ends a job politely ends it like Ctrl-C: with its clean-up
-    signal.signal(signal.SIGTERM, _interrupt)
-    # not where a shell has it ignored, for what runs in the background
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
     configure_logging()
     try:
-        command = arguments.command
-        module, found = module_of(command), command_parser(command)
-        options = module.parse(found, rest) if hasattr(module, "parse") else found.parse_args(rest)
-        return int(module.run(options) or 0)
+        # what ends a job politely ends it like Ctrl-C: with its clean-up
+        with Interruptions():
+            command = arguments.command
+            module, found = module_of(command), command_parser(command)
+            options = module.parse(found, rest) if hasattr(module, "parse") else found.parse_args(rest)
+            return int(module.run(options) or 0)
     except UserError as error:
         for mistake in str(error).splitlines():
             print(f"ddpm {arguments.command}: {mistake}", file=sys.stderr)
@@ -125,22 +119,6 @@ def main(argv: list[str] | None = None) -> int:
         # the reader of our output left (`ddpm logs … | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    if _is_importing(frame):
-        # Torch swallows what is raised while it imports NumPy, and leaves that half imported: then once more, later
-        again = threading.Timer(_LATER_S, os.kill, (os.getpid(), signum))
-        again.daemon = True
-        again.start()
-    else:
-        raise KeyboardInterrupt
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
-        frame = frame.f_back
-    return frame is not None
 
 
 def configure_logging() -> None:

@@ -184,7 +184,9 @@ def parse_config(
 class _Loader(yaml.SafeLoader):
     """Of a key that is there twice YAML's own takes the last, and drops a section with it."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # as it is written: merged keys come later
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -193,7 +195,7 @@ class _Loader(yaml.SafeLoader):
                         problem=f"{key.value} is there twice", problem_mark=key.start_mark
                     )
                 seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _from_yaml(text: str) -> Any:

@@ -289,7 +289,11 @@ def load_from(storage: Storage) -> Dataset:
             raise ValueError(f"shape: must be [1 or 3, height, width], got {_shown(about.shape)}")
     except ValidationError as invalid:
         problem = invalid.errors()[0]
-        place = one_line(ValueError(printable(".".join(map(str, problem["loc"])))), 60)
+        place = (
+            one_line(ValueError(printable(".".join(map(str, problem["loc"])))), 60)
+            if any(problem["loc"])
+            else "''"
+        )
         raise DataError(
             f"{where}: is damaged (field {place}: {problem['msg']}, got {_shown(problem['input'])}); {_MADE_AGAIN}"
         ) from None

@@ -82,7 +82,7 @@ def prepare(
     if source != DIGITS and _same_folder(source, out):
         raise UserError(f"out: {printable(out)} is the source itself: choose another --out")
     found = open_source(source, labels=labels, image=image, label=label, workers=workers)
-    if found.kind in ("tar", "parquet") and _lies_in(source, out):
+    if found.kind in ("tar", "parquet") and _lies_in(source, storage):
         raise UserError(
             f"out: {printable(out)} lies in the source, which would then be another one: choose another --out"
         )
@@ -122,12 +122,14 @@ def _same_folder(source: str, out: str) -> bool:
     return False
 
 
-def _lies_in(source: str, out: str) -> bool:
+def _lies_in(source: str, out: Storage) -> bool:
     """Whether what is written to `out` would be found in `source`."""
-    if source.startswith("s3://") or out.startswith("s3://"):
-        return f"{out.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    if source.startswith("s3://"):
+        return f"{out.uri}/".startswith(f"{source.rstrip('/')}/")
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        return local_path(out).resolve().is_relative_to(local_path(source).resolve())
+        return out.uri.startswith("file:") and local_path(out.uri).resolve().is_relative_to(
+            local_path(source).resolve()
+        )
     return False
 
 

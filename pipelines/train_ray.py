@@ -194,7 +194,7 @@ def lacks(workers: WorkersConfig, there: Mapping[str, float]) -> str | None:
         if workers.num * each > there.get(name, 0):
             return (
                 f"workers.num {workers.num} of workers.{setting} {each:g}; the cluster has {there.get(name, 0):g} "
-                f"{name}s in all"
+                f"{name} in all"
             )
     return None
 

@@ -12,7 +12,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from pipelines.config import Config, parse_config
-from pipelines.errors import one_line
+from pipelines.errors import UserError, one_line
 from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, open_storage
 from pipelines.train import claim, open_run
@@ -34,6 +34,9 @@ def _trial(params: dict[str, Any], base: str, storage_uri: str, parent_run_id: s
     except TrainingError as error:
         # a result like another: this schedule does not train
         tune.report({"step": 0, "bits_per_dim": math.inf, "diverged": str(error)})
+    except UserError as error:
+        # raised, Ray would tell it with tracebacks
+        tune.report({"step": 0, "bits_per_dim": math.inf, "failed": str(error)})
 
 
 def run_sweep(config: Config, storage: Storage, parent_run_id: str | None) -> list[Trial]:
@@ -82,7 +85,8 @@ def _outcome(config: Config, storage: Storage, result: Any) -> Trial:
     schedule = trial_schedule(params)
     step = int(metrics.get("step", 0))
     diverged = metrics.get("diverged")
-    error = one_line(result.error) if result.error else diverged
+    told = diverged or metrics.get("failed")
+    error = one_line(result.error) if result.error else told
     if error:
         status = "failed"
     else:
@@ -93,8 +97,8 @@ def _outcome(config: Config, storage: Storage, result: Any) -> Trial:
         beta_end=schedule.beta_end,
         status=status,
         step=step,
-        bits_per_dim=None if diverged else metrics.get("bits_per_dim"),
-        stderr=None if diverged else metrics.get("bits_per_dim_stderr"),
+        bits_per_dim=None if told else metrics.get("bits_per_dim"),
+        stderr=None if told else metrics.get("bits_per_dim_stderr"),
         run=open_run(trial_config(config, storage, params)).storage.uri,
         error=error,
         diverged=diverged is not None,

@@ -76,20 +76,28 @@ class _Server(NamedTuple):
 @functools.cache
 def _server(pid: int, endpoint: str | None) -> _Server:
     """One client a process (a new one costs 0.1 s), never carried over a fork. `endpoint`: the environment's."""
-    if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
+    named = "AWS_ENDPOINT_URL"
+    client = _made(path_style=False) if endpoint is None else None
+    if client is not None and not _is_amazons(client.meta.endpoint_url):
+        named, endpoint = "endpoint_url of the profile", client.meta.endpoint_url
+    if endpoint is not None:
+        if _split(endpoint)[0] not in ("http", "https"):
+            raise UserError(f"{named}: {without_password(endpoint)!r} is no http:// or https:// address")
+        client = _made(path_style=True)
+    assert client is not None
+    bundle = os.environ.get("AWS_CA_BUNDLE")
+    if bundle and client.meta.endpoint_url.startswith("https:") and not Path(bundle).exists():
         raise UserError(f"AWS_CA_BUNDLE: {bundle}: no such file")
-    if endpoint is None:
-        found = _made(path_style=False, ignore_configured_endpoint_urls=False).meta.endpoint_url
-        if found != _made(path_style=False, ignore_configured_endpoint_urls=True).meta.endpoint_url:
-            # a profile's
-            endpoint = found
-    if endpoint is not None and _split(endpoint)[0] not in ("http", "https"):
-        raise UserError(f"AWS_ENDPOINT_URL: {without_password(endpoint)!r} is no http:// or https:// address")
-    client = _made(path_style=endpoint is not None)
     if endpoint is not None:
         # before boto3's own, which is made for AWS's regions and asks without end where none is named
         client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
     return _Server(client, _name(endpoint))
+
+
+def _is_amazons(endpoint: str) -> bool:
+    """Whether it is what boto3 takes where none is named."""
+    plain = _made(path_style=False, ignore_configured_endpoint_urls=True)
+    return bool(plain.meta.endpoint_url == endpoint)
 
 
 def _name(endpoint: str | None) -> str:
@@ -161,7 +169,9 @@ class S3Storage:
         return insist(what, lambda: self._once(what, call), StorageError)
 
     def _once(self, what: str, call: Callable[[Any], Result]) -> Result:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        ignored = os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true"
+        names = () if ignored else ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+        endpoint = next(filter(None, map(os.environ.get, names)), None)
         where = _name(endpoint)
         try:
             client, where = _server(os.getpid(), endpoint)

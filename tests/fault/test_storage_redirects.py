@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,8 +94,25 @@ def test_a_profiles_endpoint_that_is_none_is_named(
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     (tmp_path / "config").write_text("[default]\nendpoint_url = ftp://x\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    with pytest.raises(UserError, match="'ftp://x' is no http:// or https:// address"):
+    with pytest.raises(UserError, match=r"^endpoint_url of the profile: 'ftp://x' is no http"):
         open_storage("s3://bucket/p").get("x")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_without_an_endpoint_it_is_amazons(
+    ignored: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_client: None
+) -> None:
+    """Whose redirects lead to a bucket's region, and whose buckets are hosts."""
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    if ignored:
+        (tmp_path / "config").write_text("[default]\nendpoint_url = http://127.0.0.1:9\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    client, name = s3._server(os.getpid(), None)
+    assert name == "AWS S3"
+    assert client.meta.endpoint_url.endswith("amazonaws.com")
+    assert client.meta.config.s3["addressing_style"] == "auto"
 
 
 def test_a_refusal_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import pytest
 
 from infra.local import Stack, StackError
 from jobs import cli, common
+from jobs.interruptions import Interruptions
 from pipelines import evaluate, evaluation_pictures, features
 from pipelines.checkpoints import Checkpoints
 from pipelines.dataset import Dataset
@@ -546,8 +547,7 @@ def test_a_polite_signal_stays_an_interruption_on_a_cluster(monkeypatch: pytest.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
 
     monkeypatch.setattr(ray, "init", init)
-    signal.signal(signal.SIGTERM, cli._interrupt)
-    with pytest.raises(KeyboardInterrupt), common.ray_cluster("auto"):
+    with pytest.raises(KeyboardInterrupt), Interruptions(), common.ray_cluster("auto"):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -631,6 +631,32 @@ def test_an_interruption_waits_for_the_end_of_an_import(
     assert (code, out) == (130, "")
     assert err == "ddpm train: interrupted; the same command goes on from here\n"
     assert modules[0].whole
+
+
+def test_an_import_that_hangs_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, ddpm: Outcome, tmp_path: Path
+) -> None:
+    (tmp_path / "a_module_that_hangs.py").write_text(
+        f"import os, time\nos.kill(os.getpid(), {int(signal.SIGINT)})\ntime.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("jobs.interruptions._PATIENCE_S", 0.3)
+    monkeypatch.setattr("jobs.train.run", lambda arguments: importlib.import_module("a_module_that_hangs"))
+    began = time.monotonic()
+    assert ddpm("train", "--config", "digits.yaml")[0] == 130
+    assert time.monotonic() - began < 30
+
+
+def test_an_interruption_of_the_last_import_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, ddpm: Outcome, tmp_path: Path
+) -> None:
+    (tmp_path / "a_last_module.py").write_text(f"import os\nos.kill(os.getpid(), {int(signal.SIGINT)})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "a_last_module", raising=False)
+    monkeypatch.setattr("jobs.train.run", lambda arguments: importlib.import_module("a_last_module") and 0)
+    assert ddpm("train", "--config", "digits.yaml")[0] == 130
+    # and comes no second time
+    time.sleep(0.2)
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch, ddpm: Outcome) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ddpm_core.dit import DiTConfig
 from ddpm_core.unet import UNetConfig
-from pipelines.config import Config, digest, load_config, parse_config
+from pipelines.config import Config, _from_yaml, digest, load_config, parse_config
 from pipelines.errors import UserError
 from pipelines.plan import network_bytes
 from pipelines.telling import validated
@@ -274,6 +274,11 @@ def test_a_mistake_is_one_line_that_names_the_field(override: str, message: str)
 )
 def test_a_file_that_is_no_configuration(text: str, message: str) -> None:
     assert problem(text) == message
+
+
+def test_keys_that_are_merged_are_no_second_ones() -> None:
+    text = "a: &A {x: 1}\nb: {inner: &B {<<: *A, x: 2}}\nc: {<<: *B, y: 3}"
+    assert _from_yaml(text) == {"a": {"x": 1}, "b": {"inner": {"x": 2}}, "c": {"x": 2, "y": 3}}
 
 
 def problems(text: str, *overrides: str) -> list[str]:

@@ -215,6 +215,8 @@ def test_a_record_that_tells_its_identity_is_of_it(prefix: Path) -> None:
 def test_a_field_that_no_record_has_is_refused(prefix: Path) -> None:
     edit(prefix, lambda record: record.update(identitz="0" * 64))
     assert "is damaged (field identitz: Extra inputs are not permitted" in refusal(prefix)
+    edit(prefix, lambda record: (record.pop("identitz"), record.update({"": 1})))
+    assert "is damaged (field '': Extra inputs are not permitted" in refusal(prefix)
 
 
 def test_a_split_that_is_not_there_is_named(prefix: Path) -> None:

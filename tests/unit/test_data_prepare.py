@@ -25,7 +25,7 @@ from pipelines.dataset import Dataset
 from pipelines.decode import decode
 from pipelines.errors import UserError
 from pipelines.libraries import libraries
-from pipelines.prepare import prepare
+from pipelines.prepare import _lies_in, prepare
 from pipelines.prepare_commit import claim
 from pipelines.prepare_plan import plan_shards
 from pipelines.prepare_ray import PreparingStopped
@@ -676,6 +676,20 @@ def test_nothing_is_prepared_to_where_it_would_be_found_as_a_source(photos: Path
     prepare(str(tars), str(tmp_path / "in-out"), test_fraction=0.3)
     first = prepare(str(photos), f"{photos}/out")
     assert prepare(str(photos), f"{photos}/out") == first
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "inside"),
+    [
+        ("s3://b/in", "s3://b/in/out", True),
+        ("s3://b/in/", "S3://b/in", True),
+        ("s3://b/in", "s3://b/in-out", False),
+        ("s3://b/in", "/b/in", False),
+        ("/b/in", "S3://b/in/out", False),
+    ],
+)
+def test_what_lies_in_a_source(source: str, out: str, inside: bool) -> None:
+    assert _lies_in(source, open_storage(out)) == inside
 
 
 def test_an_empty_source_is_not_the_working_directory(tmp_path: Path) -> None:

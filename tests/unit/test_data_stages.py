@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -345,10 +346,23 @@ def test_its_line_is_named() -> None:
         StageError, match=rf"raises ValueError: matmul: .*\(test_data_stages\.py, line {line}\)$"
     ):
         apply(raising)
+
+    def around(samples: Iterable[Sample]) -> Iterator[Sample]:
+        yield from fail(samples)
+
     # the one in which it was raised, of several
     with pytest.raises(StageError, match=r"of mine \(test_data_stages\.py, line \d+\)$") as error:
-        apply(lambda samples: fail(samples))
+        apply(around)
     assert f"line {fail.__code__.co_firstlineno + 3})" in str(error.value)
+
+    def within(samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            yield sample | {"label": json.loads("{")}
+
+    # its own, and not that of the library which it calls
+    line = within.__code__.co_firstlineno + 2
+    with pytest.raises(StageError, match=rf"JSONDecodeError: .* \(test_data_stages\.py, line {line}\)$"):
+        apply(within)
 
 
 def test_an_error_that_a_later_stage_catches_is_still_the_earlier_ones() -> None:

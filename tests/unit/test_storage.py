@@ -465,6 +465,9 @@ def test_a_profile_that_is_not_there(endpoint: str, monkeypatch: pytest.MonkeyPa
 def test_certificates_that_are_not_there(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/bundle.pem")
     _server.cache_clear()
+    # who needs none does without
+    assert not open_storage(f"s3://{BUCKET}").exists("x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{free_port()}")
     try:
         with pytest.raises(UserError, match=r"^AWS_CA_BUNDLE: /no/such/bundle\.pem: no such file$"):
             open_storage(f"s3://{BUCKET}").exists("x")
