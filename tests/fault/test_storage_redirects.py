@@ -67,6 +67,8 @@ def test_a_profiles_endpoint_is_one_like_any_other(
     server.headers["x-amz-bucket-region"] = "eu-west-1"
     with other.running() as elsewhere, server.running() as address:
         server.elsewhere = elsewhere
+        # a name, below which a bucket could be a host
+        address = address.replace("127.0.0.1", "localhost")
         use_endpoint(monkeypatch, address)
         monkeypatch.delenv("AWS_ENDPOINT_URL")
         named = (
