@@ -67,8 +67,6 @@ def test_a_profiles_endpoint_is_one_like_any_other(
     server.headers["x-amz-bucket-region"] = "eu-west-1"
     with other.running() as elsewhere, server.running() as address:
         server.elsewhere = elsewhere
-        # a name, below which a bucket could be a host
-        address = address.replace("127.0.0.1", "localhost")
         use_endpoint(monkeypatch, address)
         monkeypatch.delenv("AWS_ENDPOINT_URL")
         named = (
@@ -85,7 +83,8 @@ def test_a_profiles_endpoint_is_one_like_any_other(
                 caught.value
             )
     assert other.requests == []
-    # the bucket in the path, and each once
+    # where its buckets are no hosts below it, and each once
+    assert s3._server(os.getpid(), None).client.meta.config.s3["addressing_style"] == "path"
     assert [request.split()[1].startswith("/bucket") for request in server.requests] == [True] * 6
 
 
