@@ -293,7 +293,9 @@ def test_one_that_is_stopped_is_ended_and_started_again(
 def test_one_that_is_stopped_is_not_waited_for_at_the_end(tmp_path: Path) -> None:
     steps = begin(reading(made(tmp_path)))
     next(steps)
-    readers()[0].send_signal(signal.SIGSTOP)
+    (child,) = readers()
+    child.suspend()
+    assert not waited(lambda: child.status() == psutil.STATUS_STOPPED)
     steps.close()
     assert steps._source._process.returncode == -signal.SIGKILL  # type: ignore[attr-defined]
 
