@@ -240,6 +240,14 @@ def test_a_mistake_is_one_line(arguments: Sequence[str], message: str, ddpm: Out
     assert message in found if " " not in message else found == message
 
 
+def test_an_empty_out_is_not_the_configurations(ddpm: Outcome) -> None:
+    """As an unset variable of a shell gives it."""
+    code, out, err = ddpm("prepare", "digits", "--config", "digits.yaml", "--local", "--out", "")
+    assert (code, out) == (2, "")
+    assert err.startswith("ddpm prepare: --out: is empty: give s3://BUCKET/PREFIX or a folder")
+    assert err.count("\n") == 1
+
+
 def test_two_mistakes_are_two_lines(ddpm: Outcome) -> None:
     wrong = ("--set", "sample.count=0", "--set", "trian.steps=1")
     code, out, err = ddpm("sample", "--config", "digits.yaml", *wrong)
